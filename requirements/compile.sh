@@ -1,0 +1,13 @@
+#!/bin/sh
+# Compile the locks: every dependency with its hashes, one file a purpose. `sh requirements/compile.sh [--upgrade]`
+set -eu
+cd "$(dirname "$0")/.."
+lock() { # output, further arguments of `uv pip compile`
+    out=requirements/$1; shift
+    uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url --python-version 3.11 -o "$out" "$@"
+}
+lock development.txt pyproject.toml --extra demo --group development --group bench "$@"
+lock operations.txt -c requirements/development.txt --group operations
+lock bench.txt -c requirements/development.txt pyproject.toml --extra demo --group bench
+lock demo.txt -c requirements/development.txt pyproject.toml --extra demo
+lock service.txt -c requirements/development.txt pyproject.toml
