@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from .providers.base import Outcome, Result, Scope
+from .providers.base import NOT_STARTED, Outcome, Result, Scope
 
 
 class Status(enum.StrEnum):
@@ -104,16 +104,21 @@ class Decision:
 def decide(results: Sequence[Result], tries: int, backoff: Backoff, jitter: float) -> Decision:
     """Turn the results of one attempt, one an open recipient, into the next state of the message.
 
-    `tries` counts the refusals of this message so far. Only answers about the message or its recipients add to it;
-    a lost connection or a provider that closed down (`Scope.CONNECTION`) is nobody's refusal.
+    `tries` counts the refusals of this message so far, attempts without an answer among them. Only answers about the
+    message or its recipients add to it; a lost connection or a provider that closed down (`Scope.CONNECTION`) is
+    nobody's refusal. A message whose turn never came is as it was, with no verdict on anyone.
     """
+    if all(result is NOT_STARTED for result in results):
+        return Decision(QueueState.QUEUED, timedelta(), tries, ())
     refused = any(result.outcome is Outcome.DEFERRED and result.scope is not Scope.CONNECTION for result in results)
-    tries += refused
+    uncertain = any(result.outcome is Outcome.UNCERTAIN for result in results)
+    tries += refused or uncertain
     exhausted = refused and tries > backoff.max_retries
     verdicts = tuple(_verdict(result, exhausted) for result in results)
     statuses = {verdict.status for verdict in verdicts}
-    if Status.UNCERTAIN in statuses:
-        return Decision(QueueState.UNCERTAIN, backoff.uncertain_wait, tries, verdicts)
+    if uncertain:
+        wait = max(backoff.uncertain_wait, backoff.after(tries, jitter))
+        return Decision(QueueState.UNCERTAIN, wait, tries, verdicts)
     if Status.DEFERRED in statuses:
         delay = backoff.after(tries, jitter) if refused else backoff.error_interval
         return Decision(QueueState.SCHEDULED, delay, tries, verdicts)

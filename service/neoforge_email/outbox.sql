@@ -76,10 +76,10 @@ create or replace function find_api_key(p_hash bytea) returns table (api_key_id 
     select k.id, k.user_id from api_keys k where k.key_hash = p_hash and k.revoked_at is null
 $$;
 
--- How many messages stand in each state, and since when the oldest does.
+-- How many messages stand in each state, and how long ago the oldest of them was accepted: an age that no retry resets.
 create or replace function queue_stats() returns table (state text, size bigint, oldest_seconds double precision)
     language sql stable security definer set search_path = public, pg_temp as $$
-    select s.state::text, count(q.id), coalesce(extract(epoch from clock() - min(q.since)), 0)
+    select s.state::text, count(q.id), coalesce(extract(epoch from clock() - min(q.created_at)), 0)
     from unnest(enum_range(null::queue_state)) s(state) left join email_queue q on q.state = s.state
     group by s.state
 $$;
@@ -227,7 +227,9 @@ begin
         returning q.id
     ), moved as (
         update email_queue q
-        set state = u.state::queue_state, since = v_now, due = v_now + make_interval(secs => u.delay), tries = u.tries,
+        set state = u.state::queue_state, since = v_now,
+            due = case u.state when 'queued' then q.due else v_now + make_interval(secs => u.delay) end,
+            tries = case u.state when 'queued' then q.tries else u.tries end,
             lease_until = null, attempt_at = null, owner = null, suspect = q.suspect or u.state = 'uncertain'
         from unnest(p_id, p_lease_no, p_state, p_delay_seconds, p_tries) u(id, lease_no, state, delay, tries)
         where u.state is not null and q.id = u.id and q.lease_no = u.lease_no and q.state = 'leased'
@@ -250,7 +252,10 @@ begin
         response)
     select v_now, v_now, u.started, u.email, u.id, u.usr, u.attempt, u.event::event_type, p_provider, u.response
     from unnest(p_email, p_recipient_id, p_user, p_attempt, p_event, p_response, p_started)
-        u(email, id, usr, attempt, event, response, started);
+        u(email, id, usr, attempt, event, response, started)
+    where u.email = any(won) or not exists ( -- a repeated call after a lost connection tells it once
+        select from email_events e
+        where e.email_id = u.email and e.tracking_id = u.id and e.attempt = u.attempt and e.type = u.event::event_type);
 
     twice := '{}';
     if cardinality(won) < cardinality(p_id) or cardinality(v_changed) < cardinality(p_recipient_id) then
@@ -281,9 +286,9 @@ end $$;
 
 -- Sweep: move on what waits for time alone. Leases that ran out (and with p_owner its own, for an instance that starts
 -- again) go back to the queue, or are uncertain where an attempt was open, whose event is written before a new lease
--- overwrites it. Scheduled messages that are due are queued, uncertain ones by their policy. Indexes: email_queue_leased,
+-- overwrites it. Scheduled messages that are due are queued, uncertain ones by their policy and at most p_max_retries times. Indexes: email_queue_leased,
 -- email_queue_waiting.
-create or replace function sweep(p_owner text, p_uncertain_wait interval, p_most int,
+create or replace function sweep(p_owner text, p_uncertain_wait interval, p_max_retries int, p_most int,
     out lapsed int, out uncertain int, out promoted int, out resent int) language plpgsql as $$
 #variable_conflict use_column
 declare
@@ -320,7 +325,7 @@ begin
     with ripe as (
         select q.id from email_queue q
         where q.state in ('scheduled', 'uncertain') and q.due <= v_now
-            and not (q.state = 'uncertain' and q.on_uncertain = 'hold')
+            and not (q.state = 'uncertain' and (q.on_uncertain = 'hold' or q.tries > p_max_retries))
         order by q.due limit p_most for update skip locked
     ), moved as (
         update email_queue q set state = 'queued', since = v_now, attempt_at = null

@@ -1,0 +1,394 @@
+"""The delivery loop: from a claimed batch to recorded outcomes.
+
+    claim ─► windows ─► a kept connection ─► attempt, committed ─► the provider's call ─► complete, committed
+
+The claim keeps the senders supplied, each sender has one connection at a time, and attempts and completions are
+committed for all that wait at that moment. A lease is renewed for as long as its message is here. Nothing is sent unless
+its attempt is committed and its lease outlasts the call; what is lost with this process is found by the sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+from uuid import UUID
+
+import asyncpg
+import structlog
+
+from . import outbox
+from .db import UNREACHABLE, Pool
+from .errors import ProviderUnavailable
+from .lifecycle import Backoff, Decision, EventType, QueueState, Status, Verdict, decide
+from .message import Message, Recipient
+from .observability import (
+    DATABASE_ERRORS,
+    EMAIL_CLAIMED,
+    EMAIL_DELIVERY,
+    EMAIL_IN_FLIGHT,
+    EMAILS_DEFERRED,
+    EMAILS_DUPLICATE,
+    EMAILS_FAILED,
+    EMAILS_LATE,
+    EMAILS_SENT,
+    EMAILS_UNCERTAIN,
+    PROVIDER_UP,
+)
+from .outbox import Claim, Completion
+from .providers.base import Connection, Outcome, Provider, Result, Scope
+from .settings import Settings
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+LEASE = timedelta(seconds=60)
+"""How long a claim holds its messages; renewed at a third of it. Raised where a provider's time-out asks for more."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A window that waits for its attempt to be committed; the future gives the messages that may be sent."""
+
+    messages: list[Message]
+    allowed: asyncio.Future[set[UUID]]
+
+
+class Delivery:
+    """Delivers what is due until it is stopped. `run` ends with an error if any part of the loop does."""
+
+    def __init__(self, pool: Pool, provider: Provider, settings: Settings, *, lease: timedelta = LEASE) -> None:
+        self._pool = pool
+        self._provider = provider
+        self._owner = settings.instance
+        self._lease = max(lease, 2 * provider.timeout + timedelta(seconds=10))
+        self._interval = settings.email_worker_interval.total_seconds()
+        self._error_interval = settings.email_worker_error_interval.total_seconds()
+        self._backoff = Backoff(
+            delay=settings.email_retry_delay,
+            max_delay=settings.email_retry_max_delay,
+            base=settings.email_retry_exponential_base,
+            max_retries=settings.email_worker_max_retries,
+            error_interval=settings.email_worker_error_interval,
+            uncertain_wait=settings.email_uncertain_wait,
+        )
+        self._capacity = 2 * provider.connections * provider.window
+        self._turn = outbox.Turn()
+        self._held: dict[UUID, float] = {}
+        self._messages: dict[UUID, Message] = {}
+        self._windows: asyncio.Queue[list[Claim]] = asyncio.Queue()
+        self._attempts: list[_Attempt] = []
+        self._completions: list[Completion] = []
+        self._wake = asyncio.Event()
+        self._attempt_waits = asyncio.Event()
+        self._completion_waits = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._stopping = False
+        self._paused_until = 0.0
+
+    def ring(self) -> None:
+        """The doorbell: there may be something due."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Deliver until `stop`; a numbered instance takes up first what it held when it was lost."""
+        await self._patiently("sweep", self._take_up)
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(work(), name=name)
+                for name, work in {
+                    "sweep": self._sweep,
+                    "renew": self._renew,
+                    "attempt": self._attempt,
+                    "complete": self._complete,
+                }.items()
+            ]
+            senders = [
+                tasks.create_task(self._send(), name=f"send-{number}") for number in range(self._provider.connections)
+            ]
+            await self._claim()
+            await self._give_back()
+            while self._held:
+                await self._until_woken(self._interval)
+            for task in (*senders, *background):
+                task.cancel()
+
+    def stop(self) -> None:
+        """Claim nothing more, start no further message, finish what is being sent; `run` then returns."""
+        self._stopping = True
+        self._wake.set()
+
+    async def drained(self) -> None:
+        """Wait until nothing is due and nothing is held here."""
+        self._idle.clear()
+        self._wake.set()
+        await self._idle.wait()
+
+    # --- claim -------------------------------------------------------------------------------------------------
+
+    async def _claim(self) -> None:
+        """Keep the senders supplied: claim when half of the capacity is free, wake by doorbell, completion and timer."""
+        while not self._stopping:
+            self._wake.clear()
+            free = self._capacity - len(self._held)
+            pause = self._paused_until - time.monotonic()
+            if pause > 0:
+                await self._until_woken(min(pause, self._interval))
+                continue
+            if free >= self._capacity // 2:
+                began = time.monotonic()
+                claims = await self._patiently("claim", self._claim_once, free)
+                for claimed in claims:
+                    self._held[claimed.message.id] = began + self._lease.total_seconds()
+                    self._messages[claimed.message.id] = claimed.message
+                EMAIL_CLAIMED.inc(len(claims))
+                EMAIL_IN_FLIGHT.set(len(self._held))
+                for window in _windows(claims, self._provider.window):
+                    self._windows.put_nowait(window)
+                if len(claims) >= free // 2:
+                    continue
+                if not self._held:
+                    self._idle.set()
+            await self._until_woken(self._interval)
+
+    async def _claim_once(self, free: int) -> list[Claim]:
+        return await outbox.claim(self._pool, self._owner, free, self._lease, self._turn)
+
+    async def _until_woken(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+    async def _give_back(self) -> None:
+        """Release what no sender has begun with."""
+        rest = [claimed.message for window in _drain(self._windows) for claimed in window]
+        if rest:
+            await self._patiently("release", outbox.release, self._pool, rest, timedelta())
+            self._let_go(rest)
+
+    # --- send --------------------------------------------------------------------------------------------------
+
+    async def _send(self) -> None:
+        while True:
+            window = await self._windows.get()
+            unsent = [self._settled(claimed) for claimed in window if not claimed.message.open_recipients]
+            self._record(unsent)
+            window = [claimed for claimed in window if claimed.message.open_recipients]
+            if window:
+                await self._send_window(window)
+
+    async def _send_window(self, window: list[Claim]) -> None:
+        messages = [claimed.message for claimed in window]
+        try:
+            async with self._provider.connection() as connection:
+                PROVIDER_UP.labels(self._provider.name).set(1)
+                allowed = await self._attempted(messages)
+                mine = [claimed for claimed in window if claimed.message.id in allowed]
+                self._let_go(message for message in messages if message.id not in allowed)
+                if mine:
+                    attempted_at = datetime.now(UTC)
+                    results = await self._call(connection, mine)
+                    self._record(
+                        self._judged(claimed, result, attempted_at)
+                        for claimed, result in zip(mine, results, strict=True)
+                    )
+        except ProviderUnavailable as error:
+            PROVIDER_UP.labels(self._provider.name).set(0)
+            if time.monotonic() >= self._paused_until:
+                log.warning("provider.unavailable", provider=self._provider.name, reason=error.detail)
+            self._paused_until = time.monotonic() + self._error_interval
+            await self._patiently("release", outbox.release, self._pool, messages, timedelta())
+            self._let_go(messages)
+
+    async def _call(self, connection: Connection, window: Sequence[Claim]) -> list[tuple[Result, ...]]:
+        """The provider's call. A fault of our own in it leaves open what was sent, and must not stop the loop."""
+        try:
+            return await connection.send([claimed.message for claimed in window], self._may_start(window))
+        except Exception:
+            log.exception("provider.call_failed", provider=self._provider.name, messages=len(window))
+            return [(CALL_FAILED,) * len(claimed.message.open_recipients) for claimed in window]
+
+    def _may_start(self, window: Sequence[Claim]) -> Callable[[], bool]:
+        """A message may be started while we are not stopping and every lease of its window outlasts one call."""
+        call_seconds = self._provider.timeout.total_seconds()
+
+        def may_start() -> bool:
+            last = time.monotonic() + call_seconds
+            return not self._stopping and all(self._held.get(claimed.message.id, 0.0) > last for claimed in window)
+
+        return may_start
+
+    async def _attempted(self, messages: list[Message]) -> set[UUID]:
+        waiting = _Attempt(messages, asyncio.get_running_loop().create_future())
+        self._attempts.append(waiting)
+        self._attempt_waits.set()
+        return await waiting.allowed
+
+    async def _attempt(self) -> None:
+        """Commit the attempts of all windows that wait, in one statement."""
+        while True:
+            await self._attempt_waits.wait()
+            self._attempt_waits.clear()
+            waiting, self._attempts = self._attempts, []
+            messages = [message for window in waiting for message in window.messages]
+            try:
+                allowed = await outbox.attempt(self._pool, messages, self._provider.timeout)
+            except UNREACHABLE as error:
+                # It may have been committed. Nothing was sent, and the completion says so as soon as it can.
+                DATABASE_ERRORS.labels("attempt").inc()
+                log.warning("database.unavailable", operation="attempt", reason=type(error).__name__)
+                allowed = set()
+                self._record(Completion(message, UNTOUCHED, (), None) for message in messages)
+            for window in waiting:
+                window.allowed.set_result(allowed)
+
+    # --- complete ----------------------------------------------------------------------------------------------
+
+    def _judged(self, claimed: Claim, results: tuple[Result, ...], attempted_at: datetime) -> Completion:
+        decision = decide(results, claimed.tries, self._backoff, random.random())  # noqa: S311 - jitter, not a secret
+        recipients = claimed.message.open_recipients if decision.recipients else ()
+        if any(result.outcome is Outcome.TAKEN for result in results):
+            age = datetime.now(UTC) - claimed.message.created_at
+            EMAIL_DELIVERY.labels(self._provider.name).observe(max(age.total_seconds(), 0.0))
+        return self._completion(claimed, decision, recipients, attempted_at)
+
+    def _settled(self, claimed: Claim) -> Completion:
+        """A message that needs no attempt: every recipient that was open is suppressed."""
+        return self._completion(claimed, Decision(None, timedelta(), claimed.tries, ()), (), None)
+
+    def _completion(
+        self, claimed: Claim, decision: Decision, recipients: tuple[Recipient, ...], attempted_at: datetime | None
+    ) -> Completion:
+        """Add the suppressed recipients to what is recorded, and count it all."""
+        if decision.state is not QueueState.QUEUED:
+            recipients += claimed.suppressed
+            decision = replace(decision, recipients=decision.recipients + (SUPPRESSED,) * len(claimed.suppressed))
+        name = self._provider.name
+        for verdict in decision.recipients:
+            if verdict.status is Status.SENT:
+                EMAILS_SENT.labels(name).inc()
+            elif verdict.status is Status.DEFERRED:
+                EMAILS_DEFERRED.labels(name).inc()
+            elif not verdict.status.open:
+                EMAILS_FAILED.labels(name, verdict.status.value).inc()
+        if decision.state is QueueState.UNCERTAIN:
+            EMAILS_UNCERTAIN.labels(name).inc()
+        return Completion(claimed.message, decision, recipients, attempted_at)
+
+    def _record(self, completions: Iterable[Completion]) -> None:
+        self._completions.extend(completions)
+        if self._completions:
+            self._completion_waits.set()
+
+    async def _complete(self) -> None:
+        """Commit the outcomes of all that wait. They are kept and tried again for as long as the database is away."""
+        while True:
+            await self._completion_waits.wait()
+            self._completion_waits.clear()
+            batch, self._completions = self._completions, []
+            try:
+                await self._patiently("complete", self._complete_once, batch)
+            except asyncpg.PostgresError:
+                log.exception("complete.batch_failed", messages=len(batch))
+                await self._complete_singly(batch)
+            self._let_go(item.message for item in batch)
+
+    async def _complete_once(self, batch: Sequence[Completion]) -> None:
+        won, twice = await outbox.complete(self._pool, batch, self._provider.name)
+        EMAILS_LATE.labels(self._provider.name).inc(len(batch) - len(won))
+        for email_id in twice:
+            EMAILS_DUPLICATE.labels(self._provider.name).inc()
+            log.error("email.duplicate", email_id=str(email_id), provider=self._provider.name)
+
+    async def _complete_singly(self, batch: Sequence[Completion]) -> None:
+        """One outcome that cannot be stored must not keep the others; its message becomes uncertain and is seen."""
+        for item in batch:
+            try:
+                await self._patiently("complete", self._complete_once, [item])
+            except asyncpg.PostgresError:
+                log.exception("complete.failed", email_id=str(item.message.id))
+
+    def _let_go(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            self._held.pop(message.id, None)
+            self._messages.pop(message.id, None)
+        EMAIL_IN_FLIGHT.set(len(self._held))
+        self._wake.set()
+
+    # --- time --------------------------------------------------------------------------------------------------
+
+    async def _take_up(self) -> None:
+        swept = await outbox.sweep(self._pool, self._backoff, owner=self._owner)
+        if swept.lapsed or swept.uncertain:
+            log.info("leases.taken_up", released=swept.lapsed, uncertain=swept.uncertain)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            swept = await self._patiently("sweep", outbox.sweep, self._pool, self._backoff)
+            if swept.uncertain:
+                EMAILS_UNCERTAIN.labels(self._provider.name).inc(swept.uncertain)
+                log.warning("attempt.lost", messages=swept.uncertain)
+            if swept.due:
+                self._wake.set()
+
+    async def _renew(self) -> None:
+        """Keep what is held. A message whose lease was lost meanwhile gets no new time, so no call on it starts."""
+        while True:
+            await asyncio.sleep(self._lease.total_seconds() / 3)
+            held = list(self._messages.values())
+            if not held:
+                continue
+            began = time.monotonic()
+            try:
+                kept = await outbox.renew(self._pool, held, self._lease)
+            except UNREACHABLE as error:
+                DATABASE_ERRORS.labels("renew").inc()
+                log.warning("database.unavailable", operation="renew", reason=type(error).__name__)
+                continue
+            for email_id in kept & self._held.keys():
+                self._held[email_id] = began + self._lease.total_seconds()
+
+    async def _patiently(self, operation: str, call: Callable[..., Awaitable[T]], *arguments: object) -> T:
+        """Call until the database answers; each failure is counted, the first of a row is logged."""
+        failures = 0
+        while True:
+            try:
+                return await call(*arguments)
+            except UNREACHABLE as error:
+                DATABASE_ERRORS.labels(operation).inc()
+                if not failures:
+                    log.warning("database.unavailable", operation=operation, reason=type(error).__name__)
+                failures += 1
+                await asyncio.sleep(min(0.1 * 2**failures, self._error_interval))
+
+
+CALL_FAILED = Result(Outcome.UNCERTAIN, Scope.MESSAGE, "the provider's call failed inside the worker")
+
+SUPPRESSED = Verdict(Status.SUPPRESSED, EventType.DROPPED, "on the suppression list")
+
+UNTOUCHED = Decision(QueueState.QUEUED, timedelta(), 0, ())
+"""Back to the queue as it was: the attempt's commit is unknown, and nothing was sent."""
+
+
+def _windows(claims: Sequence[Claim], size: int) -> Iterator[list[Claim]]:
+    """Cut a claim into windows, more urgent lanes first. A suspect goes alone, so that it can harm no other."""
+    ordered = sorted(claims, key=lambda claimed: claimed.lane)
+    for claimed in ordered:
+        if claimed.suspect:
+            yield [claimed]
+    calm = [claimed for claimed in ordered if not claimed.suspect]
+    for start in range(0, len(calm), size):
+        yield calm[start : start + size]
+
+
+def _drain(windows: asyncio.Queue[list[Claim]]) -> Iterator[list[Claim]]:
+    while not windows.empty():
+        yield windows.get_nowait()

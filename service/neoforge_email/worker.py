@@ -1,0 +1,195 @@
+"""The worker process: arq runs it, and it carries the delivery loop.
+
+    arq neoforge_email.worker.WorkerSettings [--check] [--burst]
+
+arq brings the process's life, its cron and its health check; the loop starts and ends with it. While Redis is away arq
+ends, deliveries pause, and systemd brings the worker back. `WorkerSettings` is built when arq asks for it, never at import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import structlog
+import uvloop
+from arq import cron
+from arq.connections import ArqRedis, RedisSettings
+from prometheus_client import start_http_server
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from . import db, outbox, providers
+from .delivery import Delivery
+from .errors import SettingsError
+from .observability import DOORBELL_ERRORS, configure_logging
+from .settings import Settings
+
+log = structlog.get_logger()
+
+PARTITIONS_AHEAD = 3
+IDEMPOTENCY_KEYS_KEPT = timedelta(hours=24)
+
+
+def __getattr__(name: str) -> Any:
+    """`WorkerSettings`, from the environment as it is now. A bad setting ends the process with a line for each."""
+    if name != "WorkerSettings":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        settings = Settings.from_environment(os.environ)
+    except SettingsError as error:
+        sys.stderr.write(f"{error.detail}\n")
+        raise SystemExit(2) from None
+    asyncio.set_event_loop(uvloop.new_event_loop())
+    return worker_settings(settings, burst="--burst" in sys.argv)  # arq itself tells nobody
+
+
+def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any]:
+    """arq's settings as a plain mapping (from a class arq drops what is inherited)."""
+    redis = redis_settings(settings)
+    queue_name = f"{settings.email_queue_name}:jobs"
+    return {
+        "cron_jobs": [
+            cron(ensure_partitions, minute=7, second=0, run_at_startup=True, keep_result=0),
+            cron(expire, second=30, keep_result=0),
+            cron(forget_idempotency_keys, minute={3, 33}, second=0, keep_result=0),
+        ],
+        "ctx": {"settings": settings, "burst": burst},
+        "on_startup": startup,
+        "on_shutdown": shutdown,
+        "redis_settings": redis,
+        "redis_pool": _pool(redis, queue_name),
+        "queue_name": queue_name,
+        "health_check_key": f"{settings.email_queue_name}:health:{settings.instance}",
+        "health_check_interval": 5,
+        "job_timeout": settings.email_worker_timeout.total_seconds(),
+        "max_tries": 1,
+    }
+
+
+def redis_settings(settings: Settings) -> RedisSettings:
+    """Where arq's Redis is. With TLS the peer's certificate and its name are both verified; arq leaves the name out."""
+    url = settings.redis_url
+    return RedisSettings(
+        host=url.host,
+        port=url.port,
+        database=url.database,
+        username=url.username,
+        password=url.password,
+        ssl=url.tls,
+        ssl_ca_certs=url.ca_file,
+        ssl_cert_reqs="required",
+        ssl_check_hostname=url.tls,
+        conn_timeout=max(round(settings.redis_socket_connect_timeout.total_seconds()), 1),
+        conn_retries=1,
+        max_connections=settings.redis_pool_size,
+    )
+
+
+async def startup(ctx: dict[str, Any]) -> None:
+    """Begin to deliver. Under `--burst`, deliver all that is due, and return when it is done."""
+    settings: Settings = ctx["settings"]
+    configure_logging(settings)
+    logging.getLogger("arq").handlers.clear()
+    ctx["pool"] = await db.create_pool(settings, settings.database_url, f"neoforge-worker {settings.instance}")
+    ctx["provider"] = providers.create(settings)
+    ctx["delivery"] = delivery = Delivery(ctx["pool"], ctx["provider"], settings)
+    if settings.enable_metrics and settings.worker_instance:
+        ctx["metrics"], _ = start_http_server(settings.metrics_port + settings.worker_instance, settings.metrics_host)
+    ctx["run"] = asyncio.create_task(delivery.run(), name="delivery")
+    ctx["run"].add_done_callback(_end_process_if_lost)
+    ctx["doorbell"] = asyncio.create_task(_listen(ctx["redis"], settings.doorbell_channel, delivery), name="doorbell")
+    log.info("worker.started", instance=settings.instance, provider=settings.email_provider)
+    if ctx["burst"]:
+        await delivery.drained()
+
+
+async def shutdown(ctx: dict[str, Any]) -> None:
+    """Stop delivering within GRACEFUL_SHUTDOWN_TIMEOUT; what is not finished then is found by the sweep."""
+    if "run" not in ctx:
+        return
+    settings: Settings = ctx["settings"]
+    ctx["doorbell"].cancel()
+    ctx["run"].remove_done_callback(_end_process_if_lost)
+    ctx["delivery"].stop()
+    try:
+        async with asyncio.timeout(settings.graceful_shutdown_timeout.total_seconds()):
+            await ctx["run"]
+    except TimeoutError:
+        log.warning("worker.stopped_late", instance=settings.instance)
+    await ctx["provider"].close()
+    ctx["pool"].terminate()
+    if "metrics" in ctx:
+        ctx["metrics"].shutdown()
+    log.info("worker.stopped", instance=settings.instance)
+
+
+async def ensure_partitions(ctx: dict[str, Any]) -> None:
+    """Make the monthly partitions ahead, so that no acceptance ever meets a missing one."""
+    for name in await outbox.ensure_partitions(ctx["pool"], PARTITIONS_AHEAD):
+        log.info("partition.created", name=name)
+
+
+async def expire(ctx: dict[str, Any]) -> None:
+    """End messages that could not be sent before they expired."""
+    while count := await outbox.expire(ctx["pool"]):
+        log.warning("email.expired", messages=count)
+
+
+async def forget_idempotency_keys(ctx: dict[str, Any]) -> None:
+    """Delete idempotency keys after their day."""
+    while count := await outbox.forget_idempotency_keys(ctx["pool"], IDEMPOTENCY_KEYS_KEPT):
+        log.info("idempotency_keys.forgotten", keys=count)
+
+
+def _end_process_if_lost(run: asyncio.Task[None]) -> None:
+    """Without its loop a worker only looks alive. End at once: the leases bring every message back."""
+    log.critical("delivery.lost", exc_info=None if run.cancelled() else run.exception())
+    os._exit(70)
+
+
+async def _listen(redis: Redis, channel: str, delivery: Delivery) -> None:
+    """Hear the doorbell. While Redis cannot be heard the loop's own timer does."""
+    while True:
+        try:
+            async with redis.pubsub() as pubsub:
+                await pubsub.subscribe(channel)
+                delivery.ring()
+                async for _ in pubsub.listen():
+                    delivery.ring()
+        except (RedisError, OSError) as error:
+            DOORBELL_ERRORS.inc()
+            log.warning("doorbell.unheard", reason=type(error).__name__)
+        await asyncio.sleep(1)
+
+
+class _Pool(ArqRedis):
+    """arq deletes its health key before it lets us finish; that Redis is away must not leave messages half sent."""
+
+    async def delete(self, *names: Any) -> Any:
+        try:
+            return await super().delete(*names)
+        except (RedisError, OSError):
+            return 0
+
+
+def _pool(redis: RedisSettings, queue_name: str) -> ArqRedis:
+    return _Pool(
+        host=redis.host,
+        port=redis.port,
+        db=redis.database,
+        username=redis.username,
+        password=redis.password,
+        ssl=redis.ssl,
+        ssl_ca_certs=redis.ssl_ca_certs,
+        ssl_cert_reqs=redis.ssl_cert_reqs,
+        ssl_check_hostname=redis.ssl_check_hostname,
+        socket_connect_timeout=redis.conn_timeout,
+        max_connections=redis.max_connections,
+        encoding="utf8",
+        default_queue_name=queue_name,
+    )
