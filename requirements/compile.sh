@@ -8,6 +8,6 @@ lock() { # output, further arguments of `uv pip compile`
 }
 lock development.txt pyproject.toml --extra demo --group development --group bench "$@"
 lock operations.txt -c requirements/development.txt --group operations
-lock bench.txt -c requirements/development.txt pyproject.toml --extra demo --group bench
-lock demo.txt -c requirements/development.txt pyproject.toml --extra demo
+lock bench.txt -c requirements/development.txt pyproject.toml --extra demo --group build --group bench
+lock demo.txt -c requirements/development.txt pyproject.toml --extra demo --group build
 lock service.txt -c requirements/development.txt pyproject.toml

@@ -1,0 +1,57 @@
+# The front door. A target brings what it needs: on a fresh machine with Python 3.11 or newer, `make demo` and `make test` are the whole set-up.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: help demo test lint test-service test-demo test-fleet test-long fleet fleet-destroy fleet-tools bench locks clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/demo.stamp ## run the whole service on this computer, without root, until Ctrl-C (ARGS="--check", "--fresh", "--help")
+	@$(BIN)/neoforge demo $(ARGS)
+
+test: lint test-service test-demo ## everything: lint, service, demo, fleet
+	@.ci/fleet-or-say-so
+
+lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck
+	$(BIN)/ruff check service tests roles molecule
+	$(BIN)/ruff format --check service tests roles molecule
+	$(BIN)/mypy
+	$(BIN)/yamllint --strict .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
+	git ls-files | xargs grep -lE '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
+
+test-service: .venv/development.stamp ## the service against real PostgreSQL and Valkey
+	$(BIN)/pytest tests/service --ignore tests/service/test_demo.py $(ARGS)
+
+test-demo: .venv/development.stamp ## the demo, end to end
+	$(BIN)/pytest tests/service/test_demo.py
+
+test-fleet: .venv/development.stamp fleet-tools ## the fleet on a test machine: create, converge, converge again, verify, destroy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule reset -s default
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test -s default
+
+fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/create.yml -i inventories/local
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook site.yml -i inventories/local $(ARGS)
+
+fleet-destroy: .venv/development.stamp ## take the test machines away
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/destroy.yml -i inventories/local
+
+fleet-tools: ## the programs that test machines need (root)
+	@.ci/fleet-tools
+
+locks: ## compile requirements/*.txt anew from pyproject.toml
+	sh requirements/compile.sh $(ARGS)
+
+clean: ## remove what the targets made here
+	rm -rf .venv dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# One virtual environment; the development set is a superset of the demo's.
+.venv/demo.stamp: requirements/demo.txt pyproject.toml
+	@.ci/venv $(PYTHON) demo
+.venv/development.stamp: requirements/development.txt pyproject.toml
+	@.ci/venv $(PYTHON) development

@@ -1,0 +1,77 @@
+"""What a process of the API holds while it runs: pools, the intake, the doorbell, the keys seen lately."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from uuid import UUID
+
+from litestar import Litestar
+from redis.asyncio import Redis
+
+from .. import observability, records
+from ..db import UNREACHABLE, Pool, create_pool
+from ..doorbell import Doorbell
+from ..errors import DatabaseUnavailable
+from ..outbox import Intake
+from ..redis import connect
+from ..settings import Settings
+from .auth import KeyRing
+from .submission import Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Made by `run` when the process starts; `readers` is a pool of its own where there is a DATABASE_READ_URL."""
+
+    settings: Settings
+    rules: Rules
+    pool: Pool
+    readers: Pool
+    redis: Redis
+    intake: Intake
+    keys: KeyRing
+
+    async def get_email(self, user_id: int, email_id: UUID) -> records.Email | None:
+        """A replica may lag behind a message that was accepted a moment ago, so the primary has the last word."""
+        email = await records.get_email(self.readers, user_id, email_id, self.settings.lanes)
+        if email is None and self.readers is not self.pool:
+            email = await records.get_email(self.pool, user_id, email_id, self.settings.lanes)
+        return email
+
+
+class Slot:
+    """Where the handlers find the runtime: empty until the application's life begins."""
+
+    runtime: Runtime
+
+    @asynccontextmanager
+    async def fill(self, settings: Settings) -> AsyncIterator[None]:
+        """Start everything; on the way out flush what was accepted, ring the bell for it, and close."""
+        async with AsyncExitStack() as stack:
+            pool = await stack.enter_async_context(await create_pool(settings, settings.database_url, "neoforge-api"))
+            readers = pool
+            if settings.database_read_url != settings.database_url:
+                made = await create_pool(settings, settings.database_read_url, "neoforge-api-read")
+                readers = await stack.enter_async_context(made)
+            redis = connect(settings)
+            stack.push_async_callback(redis.aclose)
+            doorbell = Doorbell(redis, settings.doorbell_channel, observability.DOORBELL_ERRORS.inc)
+            doorbell.start()
+            stack.push_async_callback(doorbell.close)
+            intake = Intake(pool, expire_after=settings.email_expire_hours, on_commit=doorbell.ring)
+            await intake.start()
+            stack.push_async_callback(intake.close)
+            self.runtime = Runtime(settings, Rules.of(settings), pool, readers, redis, intake, KeyRing(_finder(pool)))
+            yield
+
+    def lifespan(self, settings: Settings) -> object:
+        """For Litestar's `lifespan=`."""
+
+        @asynccontextmanager
+        async def manager(_: Litestar) -> AsyncIterator[None]:
+            async with self.fill(settings):
+                yield
+
+        return manager

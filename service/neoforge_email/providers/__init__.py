@@ -1,0 +1,47 @@
+"""Providers: who carries the mail away. `create` makes the one that the settings name."""
+
+from __future__ import annotations
+
+from neoforge_email.dkim import Signer
+from neoforge_email.errors import SettingsError
+from neoforge_email.providers.base import Provider
+from neoforge_email.providers.memory import MemoryProvider
+from neoforge_email.providers.smtp import SmtpProvider
+from neoforge_email.settings import Settings
+
+
+def create(settings: Settings) -> Provider:
+    """The provider of EMAIL_PROVIDER; SettingsError if its settings cannot be used. Connects to nothing yet."""
+    signer = _signer(settings)
+    if settings.email_provider == "memory":
+        return MemoryProvider(
+            window=settings.email_worker_batch_size,
+            connections=settings.smtp_connections,
+            timeout=settings.smtp_timeout,
+            signer=signer,
+        )
+    try:
+        return SmtpProvider(
+            settings.smtp_server,
+            settings.smtp_port,
+            username=settings.smtp_username,
+            password=settings.smtp_password,
+            use_tls=settings.smtp_use_tls,
+            use_ssl=settings.smtp_use_ssl,
+            ca_file=settings.smtp_ca_file,
+            timeout=settings.smtp_timeout,
+            connections=settings.smtp_connections,
+            window=settings.email_worker_batch_size,
+            signer=signer,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _signer(settings: Settings) -> Signer | None:
+    if not (settings.dkim_domain and settings.dkim_selector and settings.dkim_private_key):
+        return None
+    try:
+        return Signer(settings.dkim_domain, settings.dkim_selector, settings.dkim_private_key)
+    except ValueError as error:
+        raise SettingsError(f"DKIM_DOMAIN, DKIM_SELECTOR, DKIM_PRIVATE_KEY: {error}") from None
