@@ -26,6 +26,7 @@ from .message import Kind, Mailbox, Message, Recipient
 FLUSH_MOST = 500
 CAPACITY = 10_000
 PATIENCE = timedelta(seconds=5)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def uuid7(milliseconds: int) -> UUID:
@@ -36,7 +37,7 @@ def uuid7(milliseconds: int) -> UUID:
 
 def created_at(email_id: UUID) -> datetime:
     """When a message was accepted, to the millisecond: its id's own time stamp, which names its partition."""
-    return datetime.fromtimestamp((email_id.int >> 80) / 1000, UTC)
+    return EPOCH + timedelta(milliseconds=email_id.int >> 80)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class Intake:
             for waiting in batch:
                 waiting.id = uuid7(milliseconds)
             try:
-                await self._flush(batch, datetime.fromtimestamp(milliseconds / 1000, UTC))
+                await self._flush(batch, EPOCH + timedelta(milliseconds=milliseconds))
             except Exception as error:  # noqa: BLE001 - whatever it was, every waiting request gets an answer
                 for waiting in batch:
                     _fail(waiting, error)
@@ -184,7 +185,7 @@ class Intake:
         rows = [
             (item.id, item.draft.user_id, kind, mailbox) for item in batch for kind, mailbox in item.draft.recipients
         ]
-        milliseconds = round(at.timestamp() * 1000)
+        milliseconds = (at - EPOCH) // timedelta(milliseconds=1)
         lost = await connection.fetchval(
             ACCEPT,
             at,

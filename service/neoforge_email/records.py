@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
@@ -13,6 +13,7 @@ import msgspec
 from .db import Pool, read_session
 from .lifecycle import QueueState, Status
 from .message import Kind
+from .outbox import created_at
 
 
 class Recipient(msgspec.Struct, kw_only=True):
@@ -49,7 +50,7 @@ class Email(msgspec.Struct, kw_only=True):
     tags: list[str]
     metadata: dict[str, Any]
     headers: dict[str, str]
-    state: QueueState | str
+    state: Literal["scheduled", "queued", "leased", "uncertain", "done"]
     due: datetime | None
     recipients: list[Recipient]
     timeline: list[Entry]
@@ -61,7 +62,7 @@ select m.id, m.created_at, m.lane, m.sender, m.sender_name, m.reply_to, m.reply_
     m.headers::text as headers, m.metadata::text as metadata,
     q.state::text as state, q.due, q.lease_no, q.attempt_at
 from email_messages m left join email_queue q on q.id = m.id
-where m.id = $1 and m.created_at >= $2 and m.created_at < $3
+where m.id = $1 and m.created_at = $2
 """
 _RECIPIENTS = """
 select id, recipient, kind::text as kind, status::text as status, updated_at, response, provider
@@ -75,9 +76,8 @@ from email_events where email_id = $1 and arrived_at >= $2 order by occurred_at,
 
 async def get_email(pool: Pool, user_id: int, email_id: UUID, lanes: Mapping[str, int]) -> Email | None:
     """The user's message of that id, or None; raises DatabaseUnavailable. `lanes` gives each priority's lane."""
-    start = created_at(email_id)
     async with read_session(pool, user_id) as connection:
-        message = await connection.fetchrow(_MESSAGE, email_id, start, start + timedelta(milliseconds=1))
+        message = await connection.fetchrow(_MESSAGE, email_id, created_at(email_id))
         if message is None:
             return None
         recipients = await connection.fetch(_RECIPIENTS, email_id, message["created_at"])
@@ -92,7 +92,7 @@ async def get_email(pool: Pool, user_id: int, email_id: UUID, lanes: Mapping[str
         tags=message["tags"] or [],
         metadata=msgspec.json.decode(message["metadata"] or "{}"),
         headers=msgspec.json.decode(message["headers"] or "{}"),
-        state=QueueState(message["state"]) if message["state"] else "done",
+        state=message["state"] or "done",
         due=message["due"] if message["state"] and message["state"] != QueueState.LEASED else None,
         recipients=[
             Recipient(
@@ -107,11 +107,6 @@ async def get_email(pool: Pool, user_id: int, email_id: UUID, lanes: Mapping[str
         ],
         timeline=_timeline(message, {row["id"]: row["recipient"] for row in recipients}, events),
     )
-
-
-def created_at(email_id: UUID) -> datetime:
-    """The time in a UUIDv7 (RFC 9562), which is its message's `created_at` and names its partition."""
-    return datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=email_id.int >> 80)
 
 
 def _timeline(message: asyncpg.Record, recipients: Mapping[UUID, str], events: list[asyncpg.Record]) -> list[Entry]:

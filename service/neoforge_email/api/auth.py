@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 
-from ..errors import Unauthorized
+from neoforge_email.errors import Unauthorized
 
 TTL = timedelta(seconds=30)  # a revoked key works that long at most
 MOST = 10_000  # keys remembered in a process

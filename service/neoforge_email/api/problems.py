@@ -12,7 +12,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException, MethodNotAllowedException
 from litestar.openapi.datastructures import ResponseSpec
 
-from ..errors import (
+from neoforge_email.errors import (
     BodyTooLarge,
     FieldError,
     IdempotencyKeyReused,
@@ -24,6 +24,7 @@ from ..errors import (
     UnsupportedMediaType,
     ValidationFailed,
 )
+
 from .wire import Answer, RequestTimeout
 
 MEDIA_TYPE = "application/problem+json"

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
 from litestar import Litestar
 from redis.asyncio import Redis
 
-from .. import observability, records
-from ..db import UNREACHABLE, Pool, create_pool
-from ..doorbell import Doorbell
-from ..errors import DatabaseUnavailable
-from ..outbox import Intake
-from ..redis import connect
-from ..settings import Settings
+from neoforge_email import observability, records
+from neoforge_email.db import UNREACHABLE, Pool, create_pool
+from neoforge_email.doorbell import Doorbell
+from neoforge_email.errors import DatabaseUnavailable
+from neoforge_email.outbox import Intake
+from neoforge_email.redis import connect
+from neoforge_email.settings import Settings
+
 from .auth import KeyRing
 from .submission import Rules
 
@@ -39,6 +40,19 @@ class Runtime:
         if email is None and self.readers is not self.pool:
             email = await records.get_email(self.pool, user_id, email_id, self.settings.lanes)
         return email
+
+
+def _finder(pool: Pool) -> Callable[[bytes], Awaitable[int | None]]:
+    """Looks up the user of an API key's SHA-256. Raises DatabaseUnavailable."""
+
+    async def find(key_hash: bytes) -> int | None:
+        try:
+            user_id: int | None = await pool.fetchval("select user_id from find_api_key($1)", key_hash)
+        except UNREACHABLE as error:
+            raise DatabaseUnavailable("The database cannot be reached; nothing was accepted") from error
+        return user_id
+
+    return find
 
 
 class Slot:
@@ -66,7 +80,7 @@ class Slot:
             self.runtime = Runtime(settings, Rules.of(settings), pool, readers, redis, intake, KeyRing(_finder(pool)))
             yield
 
-    def lifespan(self, settings: Settings) -> object:
+    def lifespan(self, settings: Settings) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:
         """For Litestar's `lifespan=`."""
 
         @asynccontextmanager

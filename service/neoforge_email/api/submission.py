@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from ..addresses import check_header, parse_mailbox
-from ..errors import FieldError, MalformedBody, ValidationFailed
-from ..message import Kind, Mailbox
-from ..outbox import Draft
-from ..settings import Settings
+from neoforge_email.addresses import check_header, parse_mailbox
+from neoforge_email.errors import FieldError, MalformedBody, ValidationFailed
+from neoforge_email.message import Kind, Mailbox
+from neoforge_email.outbox import Draft
+from neoforge_email.settings import Settings
 
 MAX_RECIPIENTS = 50
 MAX_SUBJECT = 998  # characters; RFC 5322 2.1.1 bounds a line to as many octets

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from litestar.types import Receive, Send
 
-from ..errors import BodyTooLarge, NeoforgeError
+from neoforge_email.errors import BodyTooLarge, NeoforgeError
 
 
 class ClientGone(Exception):
