@@ -18,7 +18,7 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from .db import UNREACHABLE, Pool
+from .db import UNREACHABLE, Connection, Pool
 from .errors import DatabaseUnavailable, IdempotencyKeyReused, IntakeFull, OutcomeUnknown
 from .lifecycle import Backoff, Decision
 from .message import Kind, Mailbox, Message, Recipient
@@ -466,7 +466,7 @@ class QueueStat:
     oldest_seconds: float
 
 
-async def queue_stats(pool: Pool) -> list[QueueStat]:
+async def queue_stats(pool: Pool | Connection) -> list[QueueStat]:
     """The queue by state; every state is there, empty ones too."""
     rows = await pool.fetch("select state, size, oldest_seconds from queue_stats()")
     return [QueueStat(row["state"], row["size"], row["oldest_seconds"]) for row in rows]
