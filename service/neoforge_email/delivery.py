@@ -146,8 +146,8 @@ class Delivery:
                 for claimed in claims:
                     self._held[claimed.message.id] = began + self._lease.total_seconds()
                     self._messages[claimed.message.id] = claimed.message
-                EMAIL_CLAIMED.inc(len(claims))
-                EMAIL_IN_FLIGHT.set(len(self._held))
+                EMAIL_CLAIMED.labels(self._provider.name).inc(len(claims))
+                EMAIL_IN_FLIGHT.labels(self._provider.name).set(len(self._held))
                 for window in _windows(claims, self._provider.window):
                     self._windows.put_nowait(window)
                 if len(claims) >= free // 2:
@@ -319,7 +319,7 @@ class Delivery:
         for message in messages:
             self._held.pop(message.id, None)
             self._messages.pop(message.id, None)
-        EMAIL_IN_FLIGHT.set(len(self._held))
+        EMAIL_IN_FLIGHT.labels(self._provider.name).set(len(self._held))
         self._wake.set()
 
     # --- time --------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ EMAIL_DELIVERY = Histogram(
     ["provider"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 86400),
 )
-EMAIL_CLAIMED = Counter("email_claimed_total", "Messages leased by this worker")
-EMAIL_IN_FLIGHT = Gauge("email_in_flight", "Messages leased by this worker now", multiprocess_mode="livesum")
+EMAIL_CLAIMED = Counter("email_claimed_total", "Messages leased by this worker", ["provider"])
+EMAIL_IN_FLIGHT = Gauge("email_in_flight", "Messages leased by this worker now", ["provider"])
 PROVIDER_UP = Gauge("email_provider_up", "The last connection to the provider succeeded", ["provider"])
 DATABASE_ERRORS = Counter("database_errors_total", "Calls that failed because PostgreSQL was away", ["operation"])
 DOORBELL_ERRORS = Counter("doorbell_errors_total", "Doorbells that could not be rung or heard")
