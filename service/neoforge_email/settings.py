@@ -302,7 +302,7 @@ class Settings:
             text = texts[item.name]
             if text is None:
                 values[item.name] = None
-                if item.name in password_of:
+                if item.name in {"database_url", "redis_url"}:
                     problems.append(f"{item.name.upper()}: must be set")
                 continue
             try:
@@ -311,7 +311,8 @@ class Settings:
                 else:
                     values[item.name] = item.metadata["parse"](text)
             except (ValueError, OSError) as error:
-                problems.append(f"{item.name.upper()}: {error}")
+                if _raw(item, environ):  # else it stands for another variable, which is named already
+                    problems.append(f"{item.name.upper()}: {error}")
         if not problems:
             problems = _contradictions(values)
         if problems:
