@@ -1,0 +1,1 @@
+"""The service against a real PostgreSQL and a real Valkey."""
