@@ -32,7 +32,21 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 # Written by the service itself, or by those who carry the message; a client's own would lie or be lost.
 _RESERVED = frozenset(
-    "from to cc bcc sender reply-to subject date message-id mime-version dkim-signature received return-path".split()
+    [
+        "from",
+        "to",
+        "cc",
+        "bcc",
+        "sender",
+        "reply-to",
+        "subject",
+        "date",
+        "message-id",
+        "mime-version",
+        "dkim-signature",
+        "received",
+        "return-path",
+    ]
 )
 _RESERVED_PREFIXES = ("content-", "arc-", "x-neoforge-")
 

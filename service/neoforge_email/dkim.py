@@ -113,7 +113,7 @@ def _load(pem: str) -> RSAPrivateKey | Ed25519PrivateKey:
     if isinstance(key, Ed25519PrivateKey):
         return key
     if not isinstance(key, RSAPrivateKey):
-        raise ValueError("the DKIM key must be RSA or Ed25519")  # noqa: TRY004
+        raise ValueError("the DKIM key must be RSA or Ed25519")
     if not 2048 <= key.key_size <= 4096:
         raise ValueError(f"the DKIM key has {key.key_size} bits; RSA keys here have 2048 to 4096 (RFC 8301)")
     return key

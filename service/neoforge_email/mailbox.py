@@ -27,6 +27,14 @@ SIZE_LIMIT_BYTES = 50 << 20
 LINE_LIMIT_BYTES = 4096
 RECIPIENTS_LIMIT = 1000
 IDLE_SECONDS = 300.0
+EXTENSIONS = ("mailbox.localhost", "PIPELINING", "8BITMIME", "ENHANCEDSTATUSCODES")
+ANSWERS = {
+    b"EHLO": "".join(f"250-{line}\r\n" for line in EXTENSIONS).encode() + b"250 SIZE %d\r\n" % SIZE_LIMIT_BYTES,
+    b"HELO": b"250 mailbox.localhost\r\n",
+    b"RSET": b"250 2.0.0 Ok\r\n",
+    b"NOOP": b"250 2.0.0 Ok\r\n",
+    b"VRFY": b"252 2.1.5 Send some mail\r\n",
+}
 PATH = re.compile(rb"(?:FROM|TO):\s*<([^<>\r\n]*)>(.*)", re.IGNORECASE)
 MESSAGE_ID = re.compile(rb"^Message-ID:\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 REFUSED = re.compile(r"smtp-([45]\d\d)@")
@@ -115,7 +123,7 @@ def _journal_line(mail: Mail) -> bytes:
 
 
 class Session(asyncio.Protocol):
-    """One SMTP connection (RFC 5321) with PIPELINING (RFC 2920): every complete command that came is answered at once."""
+    """One SMTP connection (RFC 5321) with PIPELINING (RFC 2920): all whole commands that came are answered at once."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -130,12 +138,12 @@ class Session(asyncio.Protocol):
         self._active = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  # what a TCP server hands out
+        assert isinstance(transport, asyncio.Transport)  # what a TCP server hands out
         self._transport = transport
         transport.write(b"220 mailbox.localhost ESMTP\r\n")
         self._watch()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
@@ -184,31 +192,15 @@ class Session(asyncio.Protocol):
 
     def _answer(self, verb: bytes, rest: bytes) -> bytes:
         match verb:
-            case b"EHLO":
+            case b"EHLO" | b"HELO" | b"RSET":
                 self._reset()
-                offers = b"250-mailbox.localhost\r\n250-PIPELINING\r\n250-8BITMIME\r\n250-ENHANCEDSTATUSCODES\r\n"
-                return offers + b"250 SIZE %d\r\n" % SIZE_LIMIT_BYTES
-            case b"HELO":
-                self._reset()
-                return b"250 mailbox.localhost\r\n"
             case b"MAIL":
                 return self._mail(rest)
             case b"RCPT":
                 return self._rcpt(rest)
             case b"DATA":
-                if not self._recipients:
-                    return b"503 5.5.1 RCPT first\r\n"
-                self._in_body, self._searched = True, 0
-                return b"354 End with a line that holds a dot\r\n"
-            case b"RSET":
-                self._reset()
-                return b"250 2.0.0 Ok\r\n"
-            case b"NOOP":
-                return b"250 2.0.0 Ok\r\n"
-            case b"VRFY":
-                return b"252 2.1.5 Send some mail\r\n"
-            case _:
-                return b"502 5.5.1 No such command\r\n"
+                return self._data()
+        return ANSWERS.get(verb, b"502 5.5.1 No such command\r\n")
 
     def _reset(self) -> None:
         self._sender = None
@@ -239,6 +231,12 @@ class Session(asyncio.Protocol):
             return f"{refused[1]} {refused[1][0]}.1.1 As this address asks for\r\n".encode()
         self._recipients.append(recipient)
         return b"250 2.1.5 Ok\r\n"
+
+    def _data(self) -> bytes:
+        if not self._recipients:
+            return b"503 5.5.1 RCPT first\r\n"
+        self._in_body, self._searched = True, 0
+        return b"354 End with a line that holds a dot\r\n"
 
     def _body(self) -> bool:
         """Take a whole body out of the buffer; False when its end has not come. Only CRLF.CRLF ends a body."""

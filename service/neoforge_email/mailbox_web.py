@@ -18,7 +18,6 @@ import ipaddress
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
@@ -93,7 +92,7 @@ def _respond(store: Store, head: str) -> bytes:
 
 
 def _check_host(head: str) -> None:
-    """Refuse names of the public DNS, so that no web site can read the mailbox by rebinding its name to this address."""
+    """Refuse names of the public DNS: no web site may read the mailbox by rebinding its name to this address."""
     match = re.search(r"^Host:[ \t]*(\S*?)(?::\d+)?[ \t]*\r$", head, re.IGNORECASE | re.MULTILINE)
     host = match[1].strip("[]") if match else ""
     with contextlib.suppress(ValueError):
@@ -115,7 +114,7 @@ def _route(store: Store, target: str) -> Answer:
     if match is None or mail is None or bool(match[1]) == bool(match[3]):
         raise Refusal("404 Not Found", "there is no such page or message; only the newest are kept")
     if match[3] == "raw":
-        return Answer(mail.content, "text/plain; charset=utf-8")
+        return Answer(mail.content, "text/plain; charset=utf-8", {"Content-Security-Policy": BODY_POLICY})
     view = _view(mail)
     if match[3] == "html":
         if view["html"] is None:
@@ -140,7 +139,6 @@ def _list(store: Store, query: Mapping[str, list[str]]) -> dict[str, Any]:
     return {"arrived": store.arrived, "kept": len(store.mails), "messages": [_summary(mail) for mail in newest]}
 
 
-@lru_cache(maxsize=10000)
 def _summary(mail: Mail) -> dict[str, Any]:
     head = email.message_from_bytes(mail.content.partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
     return {

@@ -124,7 +124,7 @@ class Wire(asyncio.Protocol):
 
     @property
     def transport(self) -> asyncio.Transport:
-        assert self._transport is not None  # noqa: S101  # set by connection_made, before anyone has the wire
+        assert self._transport is not None  # set by connection_made, before anyone has the wire
         return self._transport
 
     @property
