@@ -29,10 +29,14 @@ PATIENCE = timedelta(seconds=5)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def uuid7(milliseconds: int) -> UUID:
-    """A UUIDv7 (RFC 9562, 5.7) whose time stamp is the given Unix time."""
+def uuid7(milliseconds: int, sequence: int | None = None) -> UUID:
+    """A UUIDv7 (RFC 9562, 5.7) whose time stamp is the given Unix time.
+
+    Ids of the same millisecond sort by `sequence` (below 4096) where one is given (6.2, method 1).
+    """
     random = int.from_bytes(os.urandom(10))
-    return UUID(int=milliseconds << 80 | 0x7 << 76 | (random >> 68 & 0xFFF) << 64 | 0b10 << 62 | random & (1 << 62) - 1)
+    counter = random >> 68 & 0xFFF if sequence is None else sequence
+    return UUID(int=milliseconds << 80 | 0x7 << 76 | counter << 64 | 0b10 << 62 | random & (1 << 62) - 1)
 
 
 def created_at(email_id: UUID) -> datetime:
@@ -183,7 +187,9 @@ class Intake:
         drafts = [waiting.draft for waiting in batch]
         shared = {draft.content_id: draft for draft in drafts if draft.content_id}
         rows = [
-            (item.id, item.draft.user_id, kind, mailbox) for item in batch for kind, mailbox in item.draft.recipients
+            (item.id, item.draft.user_id, kind, mailbox, position)
+            for item in batch
+            for position, (kind, mailbox) in enumerate(item.draft.recipients)
         ]
         milliseconds = (at - EPOCH) // timedelta(milliseconds=1)
         lost = await connection.fetchval(
@@ -211,7 +217,7 @@ class Intake:
             [draft.html for draft in shared.values()],
             [draft.text for draft in shared.values()],
             [row[0] for row in rows],
-            [uuid7(milliseconds) for _ in rows],
+            [uuid7(milliseconds, row[4]) for row in rows],
             [row[1] for row in rows],
             [row[2].value for row in rows],
             [row[3].address for row in rows],
