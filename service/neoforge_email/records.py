@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
@@ -133,4 +134,12 @@ def _timeline(message: asyncpg.Record, recipients: Mapping[UUID, str], events: l
 
 
 def _written(address: str, name: str | None) -> str:
-    return f"{name} <{address}>" if name else address
+    if not name:
+        return address
+    if _PLAIN_NAME.fullmatch(name):
+        return f"{name} <{address}>"
+    quoted = name.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{quoted}" <{address}>'
+
+
+_PLAIN_NAME = re.compile(r'[^,;<>"\\]+')

@@ -6,7 +6,6 @@ documents the same function and serves what needs the router: requests with an `
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -17,9 +16,10 @@ from uuid import UUID
 import msgspec
 from litestar import Request, Response, get, post
 from litestar.datastructures import ResponseHeader
+from litestar.enums import ScopeType
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import HeaderParameter, PathParameter, RawBody
+from litestar.params import HeaderParameter, PathParameter
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from neoforge_email import records
@@ -53,26 +53,38 @@ class Accepted(msgspec.Struct):
 _encode = msgspec.json.Encoder().encode
 
 
-async def submit(runtime: Runtime, headers: Mapping[bytes, bytes], body: bytes) -> Answer:
-    """Accept one message; returns after its commit. Raises NeoforgeError."""
-    user_id = await runtime.keys.user_id(headers)
-    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if media_type != b"application/json":
-        raise UnsupportedMediaType("Send the body as JSON, with the header `Content-Type: application/json`.")
-    request = decode(body)
-    drafted = draft(request, user_id, headers.get(b"idempotency-key"), runtime.rules)
-    # A client that hangs up does not take its message back.
-    accepted = await asyncio.shield(runtime.intake.accept(drafted))
+async def submit(runtime: Runtime, headers: Mapping[bytes, bytes], receive: Receive) -> Answer:
+    """Accept one message; the answer comes after its commit. Every error is an answer, too. Raises ClientGone.
+
+    Who may not send is told so before the body is read. A client that hangs up does not take its message back: the intake
+    goes on with it.
+    """
+    settings = runtime.settings
+    try:
+        user_id = await runtime.keys.user_id(headers)
+        _check_media_type(headers.get(b"content-type", b""))
+        request = decode(await read_body(headers, receive, settings.max_file_size, settings.request_timeout))
+        accepted = await runtime.intake.accept(draft(request, user_id, headers.get(b"idempotency-key"), runtime.rules))
+    except ClientGone:
+        raise
+    except Exception as error:  # noqa: BLE001 - one place turns every error into an answer
+        return problems.answer(error)
     if not accepted.replayed:
         EMAILS_ACCEPTED.labels(request.priority).inc()
-    answer = Accepted(
-        accepted.id,
-        accepted.created_at,
-        "queued",
-        [AcceptedRecipient(address, kind, status) for kind, address, status in accepted.recipients],
-    )
-    extra = {"Idempotent-Replayed": "true"} if accepted.replayed else {}
-    return Answer(HTTPStatus.ACCEPTED, _encode(answer), headers=extra)
+    recipients = [AcceptedRecipient(address, kind, status) for kind, address, status in accepted.recipients]
+    body = _encode(Accepted(accepted.id, accepted.created_at, "queued", recipients))
+    return Answer(HTTPStatus.ACCEPTED, body, headers=REPLAYED if accepted.replayed else {})
+
+
+def _check_media_type(content_type: bytes) -> None:
+    if content_type == b"application/json":
+        return
+    media_type, _, parameter = content_type.lower().replace(b'"', b"").partition(b";")
+    if media_type.strip() != b"application/json" or parameter.strip() not in {b"", b"charset=utf-8"}:
+        raise UnsupportedMediaType("Send the body as JSON in UTF-8, with the header `Content-Type: application/json`.")
+
+
+REPLAYED = {"Idempotent-Replayed": "true"}
 
 
 def in_front(router: ASGIApp, slot: Slot, path: str) -> ASGIApp:
@@ -80,7 +92,7 @@ def in_front(router: ASGIApp, slot: Slot, path: str) -> ASGIApp:
     duration = HTTP_REQUEST_DURATION.labels(path)
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != ScopeType.HTTP:
             await router(scope, receive, send)
             return
         headers = dict(scope["headers"])
@@ -89,15 +101,9 @@ def in_front(router: ASGIApp, slot: Slot, path: str) -> ASGIApp:
             return
         began = time.perf_counter()
         try:
-            # Who may not send is told so before its body is read.
-            await slot.runtime.keys.user_id(headers)
-            settings = slot.runtime.settings
-            body = await read_body(headers, receive, settings.max_file_size, settings.request_timeout)
-            answer = await submit(slot.runtime, headers, body)
+            answer = await submit(slot.runtime, headers, receive)
         except ClientGone:
             return
-        except Exception as error:  # noqa: BLE001 - one place turns every error into an answer
-            answer = problems.answer(error)
         await answer.send(send)
         HTTP_REQUESTS.labels("POST", path, answer.status).inc()
         duration.observe(time.perf_counter() - began)
@@ -148,7 +154,6 @@ def routes(slot: Slot) -> Sequence[HTTPRouteHandler]:
     )
     async def send_email(
         request: Request[Any, Any, Any],
-        body: RawBody,
         idempotency_key: Annotated[  # noqa: ARG001 - `submit` reads it from the headers; this documents it
             str | None,
             HeaderParameter(
@@ -159,9 +164,9 @@ def routes(slot: Slot) -> Sequence[HTTPRouteHandler]:
     ) -> Response[bytes]:
         """Accept one message to one or more recipients. The answer comes after the commit: from then on it is never lost."""
         try:
-            return problems.response(await submit(slot.runtime, dict(request.scope["headers"]), body))
-        except Exception as error:  # noqa: BLE001 - one place turns every error into an answer
-            return problems.response(problems.answer(error))
+            return problems.response(await submit(slot.runtime, dict(request.scope["headers"]), request.receive))
+        except ClientGone:
+            return Response(b"", status_code=HTTPStatus.BAD_REQUEST)  # nobody reads it
 
     @get(
         "/emails/{email_id:uuid}",

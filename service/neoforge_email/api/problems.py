@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 import structlog
@@ -78,7 +79,7 @@ def _of_litestar(error: HTTPException) -> Answer:
     return Answer(status, msgspec.json.encode(problem), MEDIA_TYPE, headers)
 
 
-def handle(_: Request[object, object, object], error: Exception) -> Response[bytes]:
+def handle(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """Litestar's exception handler."""
     return response(answer(error))
 
@@ -88,16 +89,17 @@ def response(made: Answer) -> Response[bytes]:
     return Response(made.body, status_code=made.status, media_type=made.media_type, headers=dict(made.headers))
 
 
-def documented(*errors: type[NeoforgeError]) -> dict[int, ResponseSpec]:
+def documented(*kinds: type[NeoforgeError]) -> dict[int, ResponseSpec]:
     """OpenAPI's description of these errors and of those that every route may answer with."""
     specs: dict[int, ResponseSpec] = {}
-    for error in (*errors, NeoforgeError):
-        others = [other for other in (*errors, NeoforgeError) if other.status == error.status]
-        specs[error.status] = ResponseSpec(
+    every: tuple[type[NeoforgeError], ...] = (*kinds, NeoforgeError)
+    for kind in every:
+        others = [other for other in every if other.status == kind.status]
+        specs[kind.status] = ResponseSpec(
             data_container=Problem,
             generate_examples=False,
             description="; ".join(dict.fromkeys(f"{other.title} (`{_type(other.type)}`)" for other in others)),
-            media_type=MEDIA_TYPE,  # type: ignore[arg-type]  # any media type works
+            media_type=MEDIA_TYPE,
         )
     return specs
 
