@@ -246,6 +246,7 @@ def _everything(directory: Path, ports: Ports) -> Iterator[Running]:
         watched.append(stack.enter_context(child))
 
     with contextlib.ExitStack() as stack:
+        stack.callback(_say_if_heard, "Stopped; nothing is left running")
         try:
             inherited = _inherited_environment()
             mail = ("--smtp", f"{HOST}:{ports.smtp}", "--http", f"{HOST}:{ports.mailbox}")
@@ -271,11 +272,15 @@ def _everything(directory: Path, ports: Ports) -> Iterator[Running]:
             _wait("The API is ready", f"{ports.api_url}/health/ready", watched)
             yield Running(ports, key, watched)
         finally:
+            # What follows is bounded in time, and an interruption of it would leave something running.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            with contextlib.suppress(OSError):
-                _say("Stopping")
-    _say("Stopped; nothing is left running")
+            _say_if_heard("Stopping")
+
+
+def _say_if_heard(text: str) -> None:
+    with contextlib.suppress(OSError):
+        _say(text)
 
 
 @contextlib.contextmanager
