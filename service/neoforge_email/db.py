@@ -25,12 +25,14 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 PACKAGE = Path(__file__).parent
 
-# What asyncpg raises when the server is away, restarting or full while nothing is wrong with the statement.
+# What asyncpg raises when the server is away, restarting or full, or was lost in the middle of an operation, while nothing is
+# wrong with the statement.
 UNREACHABLE = (
     OSError,
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,

@@ -114,6 +114,7 @@ class Delivery:
             await self._claim()
             await self._give_back()
             while self._held:
+                self._wake.clear()
                 await self._until_woken(self._interval)
             for task in (*senders, *background):
                 task.cancel()

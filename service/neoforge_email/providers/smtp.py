@@ -1,21 +1,16 @@
-"""SMTP (RFC 5321): kept connections, and windows of messages pipelined over them (RFC 2920).
-
-The body of a message and the commands of the next one go out in one write, so a message costs one round trip. What
-became of each recipient follows from the reply codes; what was lost without an answer is uncertain only from the moment
-the end of the body may have reached the server.
-"""
+"""SMTP (RFC 5321) over kept connections, with PIPELINING (RFC 2920) where the server offers it."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import ipaddress
+import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from base64 import b64encode
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 from neoforge_email import mime
@@ -25,27 +20,24 @@ from neoforge_email.message import Message
 from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope
 from neoforge_email.providers.wire import Broken, Reply, Wire
 
-IDLE_MOST = timedelta(seconds=45)  # servers close idle connections after a minute or more
-USES_MOST = 500  # messages a connection, so that load follows a server's changes
-LARGE = 64 * 1024  # octets; a body above is handed over before its end is written
+MESSAGES_PER_CONNECTION = 500
+IDLE = timedelta(seconds=60)
+PROBE_AFTER = timedelta(seconds=5)  # idle for longer than this, a connection is asked whether it still lives
 
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A message ready to go: its commands (MAIL, RCPT…, DATA) and its dot-stuffed body without the final dot."""
-
-    commands: tuple[bytes, ...]
-    body: bytes
+_SMALL_BODY = 64 * 1024  # octets; goes out in one write with its final dot and the next message's commands
 
 
 class SmtpProvider:
-    """Delivers through one SMTP server. Raises ValueError for settings that cannot work."""
+    """One server; see `base.Provider`. `use_tls` is STARTTLS, `use_ssl` TLS from the first byte; neither is ever skipped.
+
+    `ca_file` replaces the system's CAs. ValueError if the settings do not go together.
+    """
 
     name = "smtp"
 
     def __init__(
         self,
-        server: str,
+        host: str,
         port: int,
         *,
         username: str | None = None,
@@ -57,324 +49,452 @@ class SmtpProvider:
         connections: int = 8,
         window: int = 10,
         signer: Signer | None = None,
+        idle: timedelta = IDLE,
+        messages_per_connection: int = MESSAGES_PER_CONNECTION,
     ) -> None:
+        if use_tls and use_ssl:
+            raise ValueError("choose SMTP_USE_TLS (STARTTLS) or SMTP_USE_SSL, not both")
         self.window = window
         self.connections = connections
         self.timeout = timeout
-        self._server = server
+        self._host = host
         self._port = port
-        self._username = username
-        self._password = password
-        self._starttls = use_tls
-        self._tls = ssl.create_default_context(cafile=ca_file) if use_tls or use_ssl else None
-        if username and not self._tls and not _is_loopback(server):
-            raise ValueError("SMTP_USERNAME: a password is never sent in the clear; set SMTP_USE_TLS or SMTP_USE_SSL")
+        self._username = username or ""
+        self._password = password or ""
+        self._use_ssl = use_ssl
+        self._context = _verified(ca_file) if use_tls or use_ssl else None
         self._signer = signer
-        self._idle: list[SmtpConnection] = []
-        self._closed = False
+        self._idle = idle.total_seconds()
+        self._messages_per_connection = messages_per_connection
+        self._slots = asyncio.Semaphore(connections)
+        self._kept: list[SmtpConnection] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[SmtpConnection]:
-        """A kept connection or a new one. Raises ProviderUnavailable."""
-        connection = self._kept() or await self._connect()
-        try:
-            yield connection
-        except BaseException:
-            connection.wire.abort()
-            raise
-        if connection.usable and not self._closed:
-            connection.idle_since = asyncio.get_running_loop().time()
-            self._idle.append(connection)
-        else:
-            connection.wire.quit()
+        """See `base.Provider.connection`; waits while all connections are in use."""
+        async with self._slots:
+            connection = await self._take_kept() or await self._connect()
+            try:
+                yield connection
+            finally:
+                self._give_back(connection)
 
-    async def close(self) -> None:
-        """Close the kept connections; those in use are closed when they are given back."""
-        self._closed = True
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.wire.quit()
-
-    def _kept(self) -> SmtpConnection | None:
-        now = asyncio.get_running_loop().time()
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.usable and connection.idle_since + IDLE_MOST.total_seconds() > now:
+    async def _take_kept(self) -> SmtpConnection | None:
+        if self._kept:
+            await asyncio.sleep(0)  # lets the loop notice what the server closed in the meantime
+        while self._kept:
+            connection = self._kept.pop()
+            connection.cancel_expiry()
+            if await connection.answers():
                 return connection
-            connection.wire.quit()
+            self._let_go(connection)
         return None
 
+    def _give_back(self, connection: SmtpConnection) -> None:
+        if self._is_closed or not connection.wire.quiet or connection.messages >= self._messages_per_connection:
+            self._let_go(connection)
+        else:
+            self._kept.append(connection)
+            connection.expire_in(self._idle, self._expire)
+
+    def _expire(self, connection: SmtpConnection) -> None:
+        if connection in self._kept:
+            self._kept.remove(connection)
+            self._let_go(connection)
+
+    def _let_go(self, connection: SmtpConnection) -> None:
+        connection.wire.quit()
+        task = asyncio.ensure_future(_finish(connection.wire))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def close(self) -> None:
+        """See `base.Provider.close`; waits a second at most for the goodbyes."""
+        self._is_closed = True
+        while self._kept:
+            connection = self._kept.pop()
+            connection.cancel_expiry()
+            self._let_go(connection)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
     async def _connect(self) -> SmtpConnection:
-        loop = asyncio.get_running_loop()
-        wire: Wire | None = None
+        where = f"{self._host}:{self._port}"
+        seconds = self.timeout.total_seconds()
+        wire = Wire()
         try:
-            async with asyncio.timeout(self.timeout.total_seconds()):
-                at_once = None if self._starttls else self._tls
-                _, wire = await loop.create_connection(Wire, self._server, self._port, ssl=at_once)
-                connection = SmtpConnection(wire, self.timeout.total_seconds(), self._signer)
-                await connection.greet()
-                if self._starttls and self._tls:
-                    await connection.start_tls(self._tls, self._server)
-                if self._username and self._password:
-                    await connection.authenticate(self._username, self._password)
-                return connection
-        except (Broken, OSError, TimeoutError, ssl.SSLError, ssl.CertificateError) as error:
-            if wire is not None:
-                wire.abort()
-            why = error.why if isinstance(error, Broken) else str(error) or "no answer in time"
-            raise ProviderUnavailable(f"The SMTP server {self._server}:{self._port} cannot be used: {why}") from None
-        except BaseException:
-            if wire is not None:
-                wire.abort()
+            async with asyncio.timeout(seconds):
+                await asyncio.get_running_loop().create_connection(
+                    lambda: wire, self._host, self._port, ssl=self._context if self._use_ssl else None
+                )
+            connection = SmtpConnection(wire, seconds, self._signer)
+            await self._greet(connection)
+        except BaseException as error:
+            wire.abort()
+            if isinstance(error, ssl.SSLError):
+                raise ProviderUnavailable(f"TLS with the SMTP server {where} failed: {_words(error)}") from None
+            if isinstance(error, TimeoutError):
+                raise ProviderUnavailable(f"the SMTP server {where} did not answer within {seconds:g} s") from None
+            if isinstance(error, OSError):
+                raise ProviderUnavailable(f"the SMTP server {where} cannot be reached: {_words(error)}") from None
+            if isinstance(error, Broken):
+                raise ProviderUnavailable(f"the SMTP server {where}: {self._without_secrets(error.why)}") from None
             raise
+        return connection
+
+    async def _greet(self, connection: SmtpConnection) -> None:
+        wire = connection.wire
+        await connection.expect("at the greeting", 220)
+        await connection.hello()
+        if self._context is not None and not self._use_ssl:
+            if "STARTTLS" not in connection.capabilities:
+                raise Broken("offers no STARTTLS, which SMTP_USE_TLS requires")
+            wire.write(b"STARTTLS\r\n")
+            await connection.expect("to STARTTLS", 220)
+            if not wire.quiet:
+                raise Broken("wrote something between STARTTLS and TLS, which could be an attack")  # CVE-2011-0411
+            transport = await asyncio.get_running_loop().start_tls(
+                wire.transport,
+                wire,
+                self._context,
+                server_hostname=self._host,
+                ssl_handshake_timeout=self.timeout.total_seconds(),
+            )
+            if transport is None:
+                raise Broken("closed the connection during the TLS handshake")
+            wire.use(transport)
+            await connection.hello()
+        if self._username:
+            await self._log_in(connection)
+
+    async def _log_in(self, connection: SmtpConnection) -> None:
+        wire = connection.wire
+        if self._context is None and not _is_loopback(wire.transport):
+            raise Broken("a password is never sent without TLS: set SMTP_USE_TLS or SMTP_USE_SSL")
+        offered = connection.capabilities.get("AUTH", "").upper().split()
+        user, password = self._username.encode(), self._password.encode()
+        if "PLAIN" in offered:
+            wire.write(b"AUTH PLAIN " + b64encode(b"\0" + user + b"\0" + password) + b"\r\n")
+        elif "LOGIN" in offered:
+            wire.write(b"AUTH LOGIN\r\n")
+            await connection.expect("to AUTH LOGIN", 334)
+            wire.write(b64encode(user) + b"\r\n")
+            await connection.expect("to the user name", 334)
+            wire.write(b64encode(password) + b"\r\n")
+        else:
+            raise Broken(f"offers neither AUTH PLAIN nor LOGIN but {' '.join(offered) or 'no AUTH at all'}")
+        await connection.expect("to SMTP_USERNAME and SMTP_PASSWORD", 235)
+
+    def _without_secrets(self, text: str) -> str:
+        """Some servers repeat the command that they refuse."""
+        user, password = self._username.encode(), self._password.encode()
+        plain = b64encode(b"\0" + user + b"\0" + password).decode()
+        for secret in (plain, b64encode(password).decode(), self._password):
+            if self._password:
+                text = text.replace(secret, "***")
+        return text
 
 
-@dataclass(eq=False, slots=True)
-class SmtpConnection:
-    """One session. `usable` says that another window may be sent on it."""
+def _verified(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise ValueError(f"SMTP_CA_FILE: {ca_file} holds no CA certificates in PEM form: {_words(error)}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
 
-    wire: Wire
-    timeout_seconds: float
-    signer: Signer | None
-    extensions: dict[str, str] = field(default_factory=dict)
-    uses: int = 0
-    idle_since: float = 0.0
-    between: bool = True
+
+def _words(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _is_loopback(transport: asyncio.Transport) -> bool:
+    peer = transport.get_extra_info("peername")
+    return isinstance(peer, tuple) and ip_address(peer[0].partition("%")[0]).is_loopback
+
+
+async def _finish(wire: Wire) -> None:
+    try:
+        await asyncio.wait_for(wire.closed(), 1)
+    except TimeoutError:
+        wire.abort()
+        await wire.closed()
+
+
+class _Job:
+    """One message of a window on its way; `results` are filled in as they become known, in the order of `recipients`."""
+
+    __slots__ = ("body", "dot_written", "recipients", "results", "sender", "started", "with_reset")
+
+    def __init__(self, message: Message) -> None:
+        self.sender = message.sender.address
+        self.recipients = [recipient.mailbox.address for recipient in message.open_recipients]
+        self.results: list[Result | None] = [None] * len(self.recipients)
+        self.body = b""
+        self.started = False
+        self.with_reset = False
+        self.dot_written = False
 
     @property
-    def usable(self) -> bool:
-        return self.between and self.wire.quiet and self.uses < USES_MOST
+    def is_settled(self) -> bool:
+        return None not in self.results
 
-    # --- opening ---------------------------------------------------------------------------------------------------
+    def settle(self, result: Result) -> None:
+        """For all recipients that have no result yet."""
+        self.results = [result if old is None else old for old in self.results]
 
-    async def greet(self) -> None:
-        greeting = await self.wire.reply(self._deadline())
-        if greeting.code != 220:
-            raise Broken(f"it answered {greeting.text}")
-        await self._hello()
 
-    async def _hello(self) -> None:
-        name = socket.gethostname().encode("ascii", "ignore") or b"localhost"
-        reply = await self._ask(b"EHLO " + name)
+class SmtpConnection:
+    """See `base.Connection`. `timeout_seconds` bounds the wait for each reply, and from a body's first octet to its answer."""
+
+    def __init__(self, wire: Wire, timeout_seconds: float, signer: Signer | None = None) -> None:
+        self.wire = wire
+        self.capabilities: dict[str, str] = {}
+        self.messages = 0
+        self._loop = asyncio.get_running_loop()
+        self._timeout = timeout_seconds
+        self._signer = signer
+        self._size_limit: int | None = None
+        self._must_reset = False
+        self._idle_since = self._loop.time()
+        self._expiry: asyncio.TimerHandle | None = None
+
+    # Before the first message.
+
+    async def expect(self, when: str, code: int) -> Reply:
+        """Broken if the next reply has another code."""
+        reply = await self._reply()
+        if reply.code != code:
+            raise Broken(f"answered {when}: {reply.text}")
+        return reply
+
+    async def hello(self) -> None:
+        """Say who we are and learn what the server can do; a server without EHLO can do nothing extra."""
+        own = socket.gethostname()
+        if not re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+", own):
+            address = self.wire.transport.get_extra_info("sockname")[0].partition("%")[0]
+            own = f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+        self.wire.write(f"EHLO {own}\r\n".encode())
+        reply = await self._reply()
+        self.capabilities = {}
         if reply.code == 250:
-            words = [line.decode("ascii", "replace").upper().split(" ", 1) for line in reply.lines[1:]]
-            self.extensions = {word[0]: word[1] if len(word) > 1 else "" for word in words}
-            return
-        reply = await self._ask(b"HELO " + name)
-        if reply.code != 250:
-            raise Broken(f"it answered HELO with {reply.text}")
-        self.extensions = {}
-
-    async def start_tls(self, context: ssl.SSLContext, server: str) -> None:
-        """Encrypt (RFC 3207), or fail: never go on in the clear. What was said before is forgotten."""
-        if "STARTTLS" not in self.extensions:
-            raise Broken("it does not offer STARTTLS, and SMTP_USE_TLS asks for it")
-        reply = await self._ask(b"STARTTLS")
-        if reply.code != 220:
-            raise Broken(f"it answered STARTTLS with {reply.text}")
-        if not self.wire.quiet:
-            raise Broken("it wrote in the clear after agreeing to STARTTLS")
-        loop = asyncio.get_running_loop()
-        transport = await loop.start_tls(self.wire.transport, self.wire, context, server_hostname=server)
-        if transport is None:
-            raise Broken("the connection was lost during STARTTLS")
-        self.wire.use(transport)
-        await self._hello()
-
-    async def authenticate(self, username: str, password: str) -> None:
-        """AUTH PLAIN (RFC 4616), else LOGIN. No reply text goes on: servers may repeat what they were sent."""
-        offered = self.extensions.get("AUTH", "").split()
-        if "PLAIN" in offered:
-            reply = await self._ask(b"AUTH PLAIN " + base64.b64encode(f"\0{username}\0{password}".encode()))
-        elif "LOGIN" in offered:
-            reply = await self._ask(b"AUTH LOGIN")
-            for word in (username, password):
-                if reply.code == 334:
-                    reply = await self._ask(base64.b64encode(word.encode()))
+            for line in reply.lines[1:]:
+                keyword, _, parameters = line.decode("ascii", "replace").replace("=", " ", 1).strip().partition(" ")
+                self.capabilities[keyword.upper()] = (
+                    f"{self.capabilities.get(keyword.upper(), '')} {parameters}".strip()
+                )
+            limit = self.capabilities.get("SIZE", "")
+            self._size_limit = int(limit) if limit.isascii() and limit.isdigit() and int(limit) > 0 else None
+        elif reply.code in {500, 501, 502, 504}:
+            self.wire.write(f"HELO {own}\r\n".encode())
+            await self.expect("to HELO", 250)
         else:
-            raise Broken("it offers neither AUTH PLAIN nor AUTH LOGIN, and SMTP_USERNAME is set")
-        if reply.code != 235:
-            raise Broken(f"it refused SMTP_USERNAME and SMTP_PASSWORD ({reply.code})")
+            raise Broken(f"answered to EHLO: {reply.text}")
 
-    # --- sending ---------------------------------------------------------------------------------------------------
+    # While it is kept.
 
-    async def send(self, window: Sequence[Message], may_start: Callable[[], bool]) -> list[tuple[Result, ...]]:
-        """As `Connection.send` promises: a tuple a message, with a result per open recipient."""
+    async def answers(self) -> bool:
+        """Whether the server still talks to us; asks it only after some seconds of silence."""
+        if not self.wire.quiet:
+            return False
+        if self._loop.time() - self._idle_since < PROBE_AFTER.total_seconds():
+            return True
         try:
-            return await self._send(window, may_start)
-        except BaseException:
-            self.wire.abort()
-            raise
-
-    async def _send(self, window: Sequence[Message], may_start: Callable[[], bool]) -> list[tuple[Result, ...]]:
-        results: list[tuple[Result, ...]] = []
-        written: _Prepared | None = None  # the next message, whose commands are under way already
-        for index, message in enumerate(window):
-            prepared = written or self._prepare(message)
-            if isinstance(prepared, Result):
-                results.append((prepared,) * len(message.open_recipients))
-                continue
-            ahead = window[index + 1] if index + 1 < len(window) else None
-            if self.wire.lost is not None or not self.between or (written is None and not may_start()):
-                results.append((NOT_STARTED,) * len(message.open_recipients))
-                written = None
-                continue
-            outcome, written = await self._send_one(message, prepared, written is not None, ahead, may_start)
-            results.append(outcome)
-        return results
-
-    async def _send_one(
-        self,
-        message: Message,
-        prepared: _Prepared,
-        is_written: bool,
-        ahead: Message | None,
-        may_start: Callable[[], bool],
-    ) -> tuple[tuple[Result, ...], _Prepared | None]:
-        """Send one message; with its body may go the commands of the one `ahead`, which is then returned prepared."""
-        count = len(message.open_recipients)
-        self.between = False
-        self.uses += 1
-        try:
-            replies = await self._envelope(prepared, is_written)
-        except Broken as broken:
-            self.wire.abort()
-            return (Result(Outcome.DEFERRED, Scope.CONNECTION, broken.why),) * count, None
-        closing = next((reply for reply in replies if reply.code == 421), None)
-        if closing:
-            self.wire.abort()
-            return (Result(Outcome.DEFERRED, Scope.CONNECTION, closing.text),) * count, None
-        verdicts = _verdicts(replies, count)
-        data = replies[-1] if len(replies) == count + 2 else None
-        if data is None or data.code != 354:
-            return await self._abandon(verdicts), None
-        return await self._body(prepared, verdicts, ahead, may_start)
-
-    async def _envelope(self, prepared: _Prepared, is_written: bool) -> list[Reply]:
-        """MAIL, RCPT… and DATA: all at once where the server pipelines; else one by one, and no further than it makes sense."""
-        replies: list[Reply] = []
-        if self._pipelines:
-            if not is_written:
-                self.wire.write(b"".join(prepared.commands))
-            return [await self.wire.reply(self._deadline()) for _ in prepared.commands]
-        for command in prepared.commands:
-            if command == DATA and not any(_positive(reply) for reply in replies[1:]):
-                break
-            replies.append(await self._ask(command.removesuffix(b"\r\n")))
-            if not _positive(replies[0]) or replies[-1].code == 421:
-                break
-        return replies
-
-    async def _abandon(self, verdicts: list[Result | None]) -> tuple[Result, ...]:
-        """No body is wanted: end the transaction, so that the connection can carry the next one."""
-        try:
-            reply = await self._ask(b"RSET")
-            self.between = reply.code == 250
+            self.wire.write(b"NOOP\r\n")
+            reply = await self.wire.reply(self._loop.time() + min(self._timeout, PROBE_AFTER.total_seconds()))
         except Broken:
             self.wire.abort()
-        return tuple(verdict or UNDECIDED for verdict in verdicts)
-
-    async def _body(
-        self, prepared: _Prepared, verdicts: list[Result | None], ahead: Message | None, may_start: Callable[[], bool]
-    ) -> tuple[tuple[Result, ...], _Prepared | None]:
-        wanted = any(verdict is None for verdict in verdicts)
-        if wanted and not may_start():
-            # The server waits for a body: only closing the connection takes the message back.
+            return False
+        except BaseException:
             self.wire.abort()
-            return tuple(verdict or NOT_STARTED for verdict in verdicts), None
-        deadline = self._deadline()
-        following = self._prepare(ahead) if ahead is not None and self._pipelines and may_start() else None
-        next_prepared = following if isinstance(following, _Prepared) else None
-        commands = b"".join(next_prepared.commands) if next_prepared else b""
-        body = prepared.body if wanted else b""
+            raise
+        return reply.code == 250 and self.wire.quiet
+
+    def expire_in(self, seconds: float, expire: Callable[[SmtpConnection], None]) -> None:
+        self._idle_since = self._loop.time()
+        self._expiry = self._loop.call_later(seconds, expire, self)
+
+    def cancel_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+
+    # Messages.
+
+    async def send(self, window: Sequence[Message], may_start: Callable[[], bool]) -> list[tuple[Result, ...]]:
+        """See `base.Connection.send`."""
+        jobs = [_Job(message) for message in window]
+        ready = self._ready(jobs, window)
+        left = NOT_STARTED
         try:
-            if len(body) > LARGE:
-                self.wire.write(body)
-                await self.wire.drain(deadline)
-                body = b""
+            if not self.wire.quiet:
+                raise Broken(self.wire.lost or "the server wrote something that nobody asked for")
+            if "PIPELINING" in self.capabilities:
+                await self._pipelined(ready, may_start)
+            else:
+                await self._step_by_step(ready, may_start)
         except Broken as broken:
             self.wire.abort()
-            return tuple(
-                verdict or Result(Outcome.DEFERRED, Scope.CONNECTION, broken.why) for verdict in verdicts
-            ), None
-        try:
-            self.wire.write(body + b".\r\n" + commands)
-            reply = await self.wire.reply(deadline)
-        except Broken as broken:
+            left = Result(Outcome.DEFERRED, Scope.CONNECTION, broken.why[:500])
+        except BaseException:
             self.wire.abort()
-            return tuple(verdict or Result(Outcome.UNCERTAIN, Scope.MESSAGE, broken.why) for verdict in verdicts), None
-        if reply.code == 421:
-            self.wire.abort()
-            next_prepared = None
-        self.between = True
-        final = _result(reply, Scope.MESSAGE) or Result(Outcome.TAKEN, Scope.MESSAGE, reply.text)
-        return tuple(verdict or final for verdict in verdicts), next_prepared
+            raise
+        for job in jobs:
+            if job.dot_written:
+                job.settle(Result(Outcome.UNCERTAIN, Scope.MESSAGE, left.response))
+            job.settle(left)
+        return [tuple(result for result in job.results if result is not None) for job in jobs]
 
-    # --- small -----------------------------------------------------------------------------------------------------
+    def _ready(self, jobs: list[_Job], window: Sequence[Message]) -> Iterator[_Job]:
+        """Jobs with their bodies, each made when it is asked for; those that cannot be sent at all are settled on the way."""
+        for job, message in zip(jobs, window, strict=True):
+            if job.is_settled:  # no open recipient
+                continue
+            try:
+                body = mime.build(message, self._signer)
+            except ValueError as error:
+                job.settle(Result(Outcome.REFUSED, Scope.MESSAGE, f"cannot be written as mail: {error}"[:500]))
+                continue
+            if self._size_limit is not None and len(body) > self._size_limit:
+                words = f"not sent: {len(body)} octets are more than the {self._size_limit} that the server takes"
+                job.settle(Result(Outcome.REFUSED, Scope.MESSAGE, words))
+                continue
+            job.body = body.replace(b"\n.", b"\n..") if b"\n." in body else body
+            yield job
 
-    def _prepare(self, message: Message) -> _Prepared | Result:
-        try:
-            content = mime.build(message, self.signer)
-        except ValueError as error:
-            return Result(Outcome.REFUSED, Scope.MESSAGE, f"the message cannot be built: {error}"[:500])
-        if b"\n." in content or content.startswith(b"."):
-            content = (b"\n" + content).replace(b"\n.", b"\n..")[1:]
-        return _Prepared(
-            (
-                b"MAIL FROM:<%b>\r\n" % message.sender.address.encode(),
-                *(b"RCPT TO:<%b>\r\n" % recipient.mailbox.address.encode() for recipient in message.open_recipients),
-                DATA,
-            ),
-            content,
-        )
+    async def _pipelined(self, ready: Iterator[_Job], may_start: Callable[[], bool]) -> None:
+        job = next(ready, None)
+        if job is None or not may_start():
+            return
+        self.wire.write(self._commands(job))
+        while job is not None:
+            upcoming = next(ready, None)
+            body_wanted = await self._answers_to_commands(job)
+            if not may_start():
+                if body_wanted:
+                    raise Broken(NOT_STARTED.response)  # nothing but closing takes DATA back
+                return
+            ahead = b"" if upcoming is None else self._commands(upcoming)
+            if body_wanted:
+                await self._body(job, ahead)
+            elif ahead:
+                self.wire.write(ahead)
+            job = upcoming
 
-    @property
-    def _pipelines(self) -> bool:
-        return "PIPELINING" in self.extensions
+    def _commands(self, job: _Job) -> bytes:
+        self.messages += 1
+        job.with_reset, self._must_reset = self._must_reset, False
+        size = f" SIZE={len(job.body)}" if "SIZE" in self.capabilities else ""
+        receivers = "".join([f"RCPT TO:<{address}>\r\n" for address in job.recipients])
+        reset = "RSET\r\n" if job.with_reset else ""
+        return f"{reset}MAIL FROM:<{job.sender}>{size}\r\n{receivers}DATA\r\n".encode()
 
-    async def _ask(self, command: bytes) -> Reply:
-        self.wire.write(command + b"\r\n")
-        return await self.wire.reply(self._deadline())
+    async def _answers_to_commands(self, job: _Job) -> bool:
+        """Whether the server waits for the body, or for a lone dot where all recipients were refused."""
+        if job.with_reset:
+            await self._reset_answer()
+        sender = await self._answer(job, Scope.MESSAGE)
+        for index in range(len(job.recipients)):
+            answer = await self._answer(job, Scope.RECIPIENT)
+            # Without a sender the server answers "503 MAIL first": no word about the recipient.
+            job.results[index] = sender or answer
+        reply = await self._reply(job)
+        if reply.code == 354 and sender is None:
+            return True
+        self._must_reset = True
+        if reply.code == 354:
+            raise Broken("the server wants a body although it refused the sender")
+        job.settle(_refusal(reply, Scope.MESSAGE))
+        return False
 
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self.timeout_seconds
+    async def _step_by_step(self, ready: Iterator[_Job], may_start: Callable[[], bool]) -> None:
+        for job in ready:
+            if not may_start():
+                return
+            self.messages += 1
+            if self._must_reset:
+                self.wire.write(b"RSET\r\n")
+                await self._reset_answer()
+                self._must_reset = False
+            size = f" SIZE={len(job.body)}" if "SIZE" in self.capabilities else ""
+            self.wire.write(f"MAIL FROM:<{job.sender}>{size}\r\n".encode())
+            refusal = await self._answer(job, Scope.MESSAGE)
+            self._must_reset = True
+            if refusal is not None:
+                job.settle(refusal)
+                continue
+            for index, address in enumerate(job.recipients):
+                self.wire.write(f"RCPT TO:<{address}>\r\n".encode())
+                job.results[index] = await self._answer(job, Scope.RECIPIENT)
+            if job.is_settled:
+                continue
+            self.wire.write(b"DATA\r\n")
+            reply = await self._reply(job)
+            if reply.code != 354:
+                job.settle(_refusal(reply, Scope.MESSAGE))
+                continue
+            if not may_start():
+                raise Broken(NOT_STARTED.response)
+            await self._body(job)
+            self._must_reset = False
+
+    async def _reset_answer(self) -> None:
+        reply = await self._reply()
+        if reply.code != 250:
+            raise Broken(f"the server answered to RSET: {reply.text}")
+
+    async def _answer(self, job: _Job, scope: Scope) -> Result | None:
+        """None for a yes, to MAIL or RCPT."""
+        reply = await self._reply(job)
+        return None if 200 <= reply.code < 300 else _refusal(reply, scope)
+
+    async def _body(self, job: _Job, ahead: bytes = b"") -> None:
+        """Write the body, its final dot and what follows in the same write, and learn what became of the message."""
+        if not self.wire.quiet:
+            raise Broken(self.wire.lost or "the server answered more than it was asked")
+        deadline = self._loop.time() + self._timeout
+        nobody = job.is_settled
+        if nobody:  # RFC 2920 3.1: a lone dot ends a message that nobody gets
+            self.wire.write(b".\r\n" + ahead)
+        elif len(job.body) <= _SMALL_BODY:
+            job.dot_written = True
+            self.wire.write(b"".join((job.body, b".\r\n", ahead)))
+        else:
+            self.wire.write(job.body)
+            await self.wire.drain(deadline)
+            job.dot_written = True
+            self.wire.write(b".\r\n" + ahead)
+        reply = await self.wire.reply(deadline)
+        if nobody:
+            _raise_if_leaving(reply)
+        elif 200 <= reply.code < 300:
+            job.settle(Result(Outcome.TAKEN, Scope.MESSAGE, reply.text))
+        elif reply.code >= 400:
+            if reply.code == 421:
+                job.settle(Result(Outcome.DEFERRED, Scope.CONNECTION, reply.text))
+                _raise_if_leaving(reply)
+            job.settle(_refusal(reply, Scope.MESSAGE))
+        else:
+            raise Broken(f"the server answered to a body: {reply.text}")
+
+    async def _reply(self, job: _Job | None = None) -> Reply:
+        """The next reply to a command; 421 breaks the connection."""
+        reply = await self.wire.reply(self._loop.time() + self._timeout)
+        if job is not None:
+            _raise_if_leaving(reply)
+        return reply
 
 
-DATA = b"DATA\r\n"
-
-UNDECIDED = Result(Outcome.DEFERRED, Scope.MESSAGE, "the server accepted the recipient and then wanted no message")
-
-
-def _verdicts(replies: Sequence[Reply], count: int) -> list[Result | None]:
-    """What the replies to MAIL, RCPT… and DATA settle for each recipient; None where the body decides."""
-    refusal = _result(replies[0], Scope.MESSAGE)
-    if refusal:
-        return [refusal] * count
-    verdicts = [_result(reply, Scope.RECIPIENT) for reply in replies[1 : count + 1]]
-    data = replies[count + 1] if len(replies) > count + 1 else None
-    if data is not None and data.code != 354:
-        refusal = _result(data, Scope.MESSAGE)
-        return [verdict or refusal for verdict in verdicts]
-    return verdicts
-
-
-def _result(reply: Reply, scope: Scope) -> Result | None:
-    """A refusal by its code: 4xx may be tried again, 5xx not, 421 is the server's own trouble. None for a success."""
+def _raise_if_leaving(reply: Reply) -> None:
     if reply.code == 421:
-        return Result(Outcome.DEFERRED, Scope.CONNECTION, reply.text)
-    if 400 <= reply.code < 500:
-        return Result(Outcome.DEFERRED, scope, reply.text)
-    if reply.code >= 500:
-        return Result(Outcome.REFUSED, scope, reply.text)
-    return None
+        raise Broken(reply.text)
 
 
-def _positive(reply: Reply) -> bool:
-    return 200 <= reply.code < 300
-
-
-def _is_loopback(server: str) -> bool:
-    try:
-        return ipaddress.ip_address(server).is_loopback
-    except ValueError:
-        return server == "localhost"
+def _refusal(reply: Reply, scope: Scope) -> Result:
+    if reply.code < 400:
+        raise Broken(f"the server answered out of turn: {reply.text}")
+    return Result(Outcome.REFUSED if reply.code >= 500 else Outcome.DEFERRED, scope, reply.text)

@@ -1,0 +1,329 @@
+"""The delivery loop against real servers: what it does with answers, outages, stops and kills."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from neoforge_email import db
+from neoforge_email.delivery import Delivery
+from neoforge_email.message import Kind, Mailbox, Message, Recipient
+from neoforge_email.outbox import Draft, Intake
+from neoforge_email.providers.base import Outcome, Result, Scope
+from neoforge_email.providers.memory import MemoryProvider
+from neoforge_email.settings import Settings
+from tests.support import Database, Sink
+
+
+class System:
+    """An intake, a delivery loop and a provider over one database."""
+
+    def __init__(self, intake: Intake, delivery: Delivery, provider: MemoryProvider, superuser: db.Connection) -> None:
+        self.intake = intake
+        self.delivery = delivery
+        self.provider = provider
+        self.superuser = superuser
+
+    async def send(self, count: int = 1, **changes: Any) -> None:
+        await asyncio.gather(*(self.intake.accept(a_draft(f"{n}@example.net", **changes)) for n in range(count)))
+
+    async def statuses(self) -> dict[str, int]:
+        rows = await self.superuser.fetch("select status::text as status, count(*) from email_tracking group by 1")
+        return {row["status"]: row["count"] for row in rows}
+
+    async def queue(self) -> dict[str, int]:
+        rows = await self.superuser.fetch("select state::text as state, count(*) from email_queue group by 1")
+        return {row["state"]: row["count"] for row in rows}
+
+    async def until(self, reached: Callable[[], Any], seconds: float = 10) -> None:
+        async with asyncio.timeout(seconds):
+            while not await reached():
+                await asyncio.sleep(0.02)
+
+
+def a_draft(recipient: str, **changes: Any) -> Draft:
+    values: dict[str, Any] = {
+        "user_id": 1,
+        "lane": 2,
+        "sender": Mailbox("shop@example.com"),
+        "reply_to": None,
+        "subject": "Your order",
+        "headers": {},
+        "tags": [],
+        "metadata": {},
+        "html": None,
+        "text": "It has left.",
+        "recipients": [(Kind.TO, Mailbox(recipient))],
+        "idempotency_key": None,
+        "body_hash": b"",
+    }
+    return Draft(**{**values, **changes})
+
+
+@pytest.fixture
+def system(database: Database, make_settings: Callable[..., Settings]) -> Callable[..., Any]:
+    """`async with system(answer=…, EMAIL_RETRY_DELAY="0.1") as s`: a running system that is stopped at the end."""
+
+    @asynccontextmanager
+    async def run(
+        answer: Callable[[Message, Recipient], Result] | None = None, delay: timedelta = timedelta(0), **variables: str
+    ) -> AsyncIterator[System]:
+        api, worker = make_settings("api", **variables), make_settings("worker", **variables)
+        superuser = await db.connect(Database.url(database.superuser), "test")
+        await superuser.execute("insert into users (name) values ('shop') on conflict do nothing")
+        provider = MemoryProvider(window=5, connections=4, timeout=timedelta(seconds=2), delay=delay)
+        if answer is not None:
+            provider.answer = answer
+        async with (
+            await db.create_pool(api, api.database_url, "test-api") as pool,
+            await db.create_pool(worker, worker.database_url, "test-worker") as worker_pool,
+        ):
+            delivery = Delivery(worker_pool, provider, worker)
+            intake = Intake(pool, expire_after=timedelta(hours=1), on_commit=delivery.ring)
+            await intake.start()
+            running = asyncio.create_task(delivery.run())
+            try:
+                yield System(intake, delivery, provider, superuser)
+            finally:
+                delivery.stop()
+                await running
+                await intake.close()
+        await superuser.close()
+
+    return run
+
+
+async def test_every_message_is_delivered_once_and_the_queue_is_empty(system: Any) -> None:
+    async with system() as s:
+        await s.send(500)
+        await s.delivery.drained()
+        assert await s.statuses() == {"sent": 500}
+        assert await s.queue() == {}
+        assert len({taken.message.id for taken in s.provider.taken}) == len(s.provider.taken) == 500
+
+
+async def test_a_doorbell_makes_delivery_immediate(system: Any) -> None:
+    async with system(EMAIL_WORKER_INTERVAL="30") as s:
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await s.send()
+        await s.until(lambda: asyncio.sleep(0, bool(s.provider.taken)))
+        assert time.monotonic() - began < 5
+
+
+async def test_a_deferred_message_is_tried_again_until_it_is_taken(system: Any) -> None:
+    tries: dict[Any, int] = {}
+
+    def answer(message: Message, _: Recipient) -> Result:
+        tries[message.id] = tries.get(message.id, 0) + 1
+        if tries[message.id] < 3:
+            return Result(Outcome.DEFERRED, Scope.RECIPIENT, "451 4.7.1 greylisted")
+        return Result(Outcome.TAKEN, Scope.MESSAGE, "250 ok")
+
+    async with system(answer, EMAIL_RETRY_DELAY="0.1") as s:
+        await s.send(10)
+        await s.until(lambda: is_empty(s))
+        assert await s.statuses() == {"sent": 10}
+        assert set(tries.values()) == {3}
+        kinds = await s.superuser.fetch("select type::text as type, count(*) from email_events group by 1")
+        assert {row["type"]: row["count"] for row in kinds} == {"deferred": 20, "sent": 10}
+
+
+async def test_a_message_that_is_refused_too_often_fails(system: Any) -> None:
+    def answer(_: Message, __: Recipient) -> Result:
+        return Result(Outcome.DEFERRED, Scope.MESSAGE, "451 no")
+
+    async with system(answer, EMAIL_RETRY_DELAY="0.1", EMAIL_WORKER_MAX_RETRIES="2") as s:
+        await s.send()
+        await s.until(lambda: is_empty(s))
+        assert await s.statuses() == {"failed": 1}
+
+
+async def test_an_unreachable_provider_uses_up_no_retry_and_leaves_no_event(system: Any) -> None:
+    async with system(EMAIL_WORKER_MAX_RETRIES="0") as s:
+        s.provider.unavailable = "out of order"
+        await s.send(50)
+        await asyncio.sleep(1)
+        assert await s.superuser.fetchval("select count(*) from email_events") == 0
+        s.provider.unavailable = None
+        await s.until(lambda: is_empty(s))
+        assert await s.statuses() == {"sent": 50}
+
+
+async def test_an_attempt_without_an_answer_is_sent_again_under_the_same_message_id(system: Any) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def answer(message: Message, _: Recipient) -> Result:
+        seen.append((message.message_id, message.attempt))
+        if len(seen) == 1:
+            return Result(Outcome.UNCERTAIN, Scope.MESSAGE, "no answer")
+        return Result(Outcome.TAKEN, Scope.MESSAGE, "250 ok")
+
+    async with system(answer, EMAIL_RETRY_DELAY="0.1") as s:
+        await s.send()
+        await s.until(lambda: is_empty(s))
+        assert await s.statuses() == {"sent": 1}
+        assert seen[0][0] == seen[1][0]
+        assert seen[0][1] != seen[1][1]
+        kinds = [row[0] for row in await s.superuser.fetch("select type::text from email_events order by arrived_at")]
+        assert kinds == ["uncertain", "sent"]
+
+
+async def test_a_fault_inside_the_providers_call_is_contained(system: Any) -> None:
+    broken = {"0@example.net"}
+
+    def answer(_: Message, recipient: Recipient) -> Result:
+        if recipient.mailbox.address in broken:
+            broken.clear()
+            raise RuntimeError("a fault of our own")
+        return Result(Outcome.TAKEN, Scope.MESSAGE, "250 ok")
+
+    async with system(answer, EMAIL_RETRY_DELAY="0.1") as s:
+        await s.send(20)
+        await s.until(lambda: is_empty(s))
+        assert await s.statuses() == {"sent": 20}
+
+
+async def test_a_suppressed_recipient_is_not_sent_to_and_the_message_is_done(system: Any) -> None:
+    async with system() as s:
+        await s.superuser.execute(
+            "insert into suppressions (user_id, address, reason) values (1, '0@example.net', 'bounce')"
+        )
+        await s.send(2)
+        await s.until(lambda: is_empty(s))
+        assert await s.statuses() == {"sent": 1, "suppressed": 1}
+
+
+async def test_a_stop_finishes_what_is_being_sent_and_gives_back_the_rest(system: Any) -> None:
+    async with system(delay=timedelta(milliseconds=50)) as s:
+        await s.send(400)
+        await s.until(lambda: asyncio.sleep(0, len(s.provider.taken) > 20))
+        s.delivery.stop()
+        await s.until(lambda: is_given_back(s))
+        left = await s.superuser.fetch("select state::text as state, attempt_at from email_queue")
+        assert {(row["state"], row["attempt_at"]) for row in left} == {("queued", None)}
+        assert await s.statuses() == {"sent": len(s.provider.taken), "queued": len(left)}
+        assert len(s.provider.taken) + len(left) == 400
+
+
+async def test_the_database_cut_off_again_and_again_neither_loses_nor_stops_anything(system: Any) -> None:
+    async with system() as s:
+        await s.send(300)
+        for _ in range(15):
+            await s.superuser.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'test-%'"
+            )
+            await asyncio.sleep(0.05)
+        await s.until(lambda: is_empty(s), 20)
+        assert await s.statuses() == {"sent": 300}
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+async def test_a_worker_process_killed_in_the_middle_loses_nothing(
+    instances: int,
+    database: Database,
+    environment: dict[str, str],
+    settings: Settings,
+    sink: Sink,
+) -> None:
+    """Real processes, a real SMTP server: after SIGKILL and a restart every message has arrived."""
+    superuser = await db.connect(Database.url(database.superuser), "test")
+    await superuser.execute("insert into users (name) values ('shop')")
+    async with await db.create_pool(settings, settings.database_url, "test-api") as pool:
+        intake = Intake(pool, expire_after=timedelta(hours=1), on_commit=lambda: None)
+        await intake.start()
+        accepted = await asyncio.gather(*(intake.accept(a_draft(f"{n}@example.net")) for n in range(2000)))
+        await intake.close()
+    variables = {
+        **os.environ,
+        **environment,
+        "DATABASE_URL": database.worker,
+        "EMAIL_PROVIDER": "smtp",
+        "SMTP_SERVER": "127.0.0.1",
+        "SMTP_PORT": str(sink.port),
+        "SMTP_USE_TLS": "false",
+    }
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "arq", "neoforge_email.worker.WorkerSettings"]
+        return subprocess.Popen(command, env={**variables, "WORKER_INSTANCE": str(number)}, stderr=subprocess.DEVNULL)
+
+    workers = [start(number + 1) for number in range(instances)]
+    try:
+        async with asyncio.timeout(60):
+            for arrived in (200, 700, 1200):
+                while sink.store.arrived < arrived:
+                    await asyncio.sleep(0.005)
+                workers[0].send_signal(signal.SIGKILL)
+                await asyncio.to_thread(workers[0].wait)
+                workers[0] = start(1)
+            while await superuser.fetchval("select count(*) from email_queue"):
+                await asyncio.sleep(0.1)
+        for worker in workers:
+            worker.send_signal(signal.SIGTERM)
+        codes = [await asyncio.to_thread(worker.wait, 30) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    uncertain = await superuser.fetchval("select count(distinct email_id) from email_events where type = 'uncertain'")
+    statuses = await superuser.fetch("select distinct status::text from email_tracking")
+    await superuser.close()
+    arrived_ids = {mail.message_id for mail in sink.store.mails}
+    assert codes == [0] * instances
+    assert {f"<{answer.id.hex}@example.com>" for answer in accepted} == arrived_ids
+    assert [row[0] for row in statuses] == ["sent"]
+    # What arrived twice is no more than what the timeline admits.
+    assert sink.store.arrived - len(arrived_ids) <= uncertain
+
+
+async def test_burst_delivers_what_is_due_and_ends(
+    database: Database, environment: dict[str, str], settings: Settings, sink: Sink
+) -> None:
+    superuser = await db.connect(Database.url(database.superuser), "test")
+    await superuser.execute("insert into users (name) values ('shop')")
+    async with await db.create_pool(settings, settings.database_url, "test-api") as pool:
+        intake = Intake(pool, expire_after=timedelta(hours=1), on_commit=lambda: None)
+        await intake.start()
+        await asyncio.gather(*(intake.accept(a_draft(f"{n}@example.net")) for n in range(100)))
+        await intake.close()
+    variables = {
+        **os.environ,
+        **environment,
+        "DATABASE_URL": database.worker,
+        "EMAIL_PROVIDER": "smtp",
+        "SMTP_SERVER": "127.0.0.1",
+        "SMTP_PORT": str(sink.port),
+        "SMTP_USE_TLS": "false",
+    }
+    command = [sys.executable, "-m", "arq", "neoforge_email.worker.WorkerSettings", "--burst"]
+    done = await asyncio.to_thread(subprocess.run, command, env=variables, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert sink.store.arrived == 100
+    assert await superuser.fetchval("select count(*) from email_queue") == 0
+    await superuser.close()
+
+
+async def test_a_bad_setting_ends_the_worker_with_a_line_for_each(environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "arq", "neoforge_email.worker.WorkerSettings"]
+    variables = {**os.environ, **environment, "EMAIL_WORKER_INTERVAL": "often", "REDIS_URL": ""}
+    done = await asyncio.to_thread(subprocess.run, command, env=variables, capture_output=True, timeout=30)
+    assert done.returncode == 2
+    assert {line.split(b":")[0] for line in done.stderr.splitlines()} == {b"EMAIL_WORKER_INTERVAL", b"REDIS_URL"}
+
+
+async def is_empty(s: System) -> bool:
+    return not await s.queue()
+
+
+async def is_given_back(s: System) -> bool:
+    return "leased" not in await s.queue()
