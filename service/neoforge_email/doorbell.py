@@ -30,6 +30,7 @@ class Doorbell:
         self._on_error = on_error
         self._rung = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
 
     def ring(self) -> None:
         """At most one publication is under way; those who ring meanwhile share the next one."""
@@ -39,18 +40,20 @@ class Doorbell:
         self._task = asyncio.create_task(self._publish_forever(), name="doorbell")
 
     async def close(self) -> None:
-        """Publish a last time if somebody has just rung, within a second."""
+        """Publish a last time, for those who have just rung, within a second."""
         if self._task is None:
             return
-        if self._rung.is_set():
-            await asyncio.wait([self._task], timeout=0.2)
+        self._closing = True
+        self._rung.set()
+        await asyncio.wait([self._task], timeout=1)
+        # redis-py may turn a cancellation into an error of its own, so the loop also looks at `_closing`
         self._task.cancel()
-        await asyncio.wait([self._task])
+        await asyncio.wait([self._task], timeout=1)
 
     async def _publish_forever(self) -> None:
         pause = FIRST_PAUSE
         logged = -LOG_INTERVAL.total_seconds()
-        while True:
+        while not self._closing:
             await self._rung.wait()
             self._rung.clear()
             try:
@@ -61,5 +64,6 @@ class Doorbell:
                 if time.monotonic() - logged >= LOG_INTERVAL.total_seconds():
                     logged = time.monotonic()
                     log.warning("doorbell.failed", error=type(error).__name__, detail=str(error))
-                await asyncio.sleep(pause.total_seconds())
+                if not self._closing:
+                    await asyncio.sleep(pause.total_seconds())
                 pause = min(pause * 2, LONGEST_PAUSE)

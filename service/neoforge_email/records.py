@@ -77,8 +77,12 @@ from email_events where email_id = $1 and arrived_at >= $2 order by occurred_at,
 
 async def get_email(pool: Pool, user_id: int, email_id: UUID, lanes: Mapping[str, int]) -> Email | None:
     """The user's message of that id, or None; raises DatabaseUnavailable. `lanes` gives each priority's lane."""
+    try:
+        at = created_at(email_id)
+    except (OverflowError, ValueError):
+        return None  # an id of a year that no clock of ours has seen
     async with read_session(pool, user_id) as connection:
-        message = await connection.fetchrow(_MESSAGE, email_id, created_at(email_id))
+        message = await connection.fetchrow(_MESSAGE, email_id, at)
         if message is None:
             return None
         recipients = await connection.fetch(_RECIPIENTS, email_id, message["created_at"])

@@ -11,7 +11,6 @@ from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
-from neoforge_email import errors
 from neoforge_email.errors import NeoforgeError, NotFound
 
 FILES = Path(__file__).parent / "docs"
@@ -61,13 +60,7 @@ def _answer(content: str | bytes, media_type: str) -> Response[Any]:
 
 def _problems(title: str) -> str:
     """Every error that the API answers with, from the classes themselves."""
-    kinds = {
-        kind.type: kind
-        for kind in vars(errors).values()
-        if isinstance(kind, type)
-        and issubclass(kind, NeoforgeError)
-        and kind.type not in {"settings", "provider-unavailable"}
-    }
+    kinds = {kind.type: kind for kind in _family(NeoforgeError) if kind.type not in INTERNAL}
     rows = "".join(
         f'<tr id="{kind.type}"><td>{kind.status}</td><td><code>{kind.type}</code></td><td>{html.escape(kind.title)}</td></tr>'
         for kind in sorted(kinds.values(), key=lambda kind: (kind.status, kind.type))
@@ -76,3 +69,10 @@ def _problems(title: str) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}: problems</title></head>'
         f"<body><h1>What an answer's <code>type</code> means</h1><table>{rows}</table></body></html>"
     )
+
+
+INTERNAL = {"settings", "provider-unavailable"}
+
+
+def _family(root: type[NeoforgeError]) -> list[type[NeoforgeError]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in _family(child))]

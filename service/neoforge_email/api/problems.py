@@ -73,9 +73,8 @@ def _of_litestar(error: HTTPException) -> Answer:
     detail = error.detail
     if isinstance(error, MethodNotAllowedException):
         detail = "This method is not allowed here; the header Allow names those that are."
-    problem = Problem(
-        type=_type(status.phrase.lower().replace(" ", "-")), title=status.phrase, status=status, detail=detail
-    )
+    # RFC 9457, 4.2.1: what means no more than its status has this type
+    problem = Problem(type="about:blank", title=status.phrase, status=status, detail=detail)
     return Answer(status, msgspec.json.encode(problem), MEDIA_TYPE, headers)
 
 
