@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -19,6 +21,8 @@ def serve(settings: Settings) -> None:
     with tempfile.TemporaryDirectory(prefix="neoforge-metrics-") as directory:
         # prometheus_client looks at this when it is first imported, here and in every process that uvicorn starts.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+        # uvicorn ends by raising the signal again that stopped it, which by default would leave the directory behind.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         if settings.enable_metrics:
             _serve_metrics(settings)
         uvicorn.run(

@@ -37,13 +37,24 @@ class Place:
     state: Path
     ports: dict[str, int]
 
+    @property
+    def temporary(self) -> Path:
+        return self.state.with_name("temporary")
+
     def command(self, *options: str) -> list[str]:
         ports = [f"{option}={number}" for option, number in self.ports.items()]
         return [sys.executable, "-m", "neoforge_email.cli", "demo", f"--state={self.state}", *ports, *options]
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
         """Until it ends by itself."""
-        return subprocess.run(self.command(*options), capture_output=True, text=True, timeout=SECONDS, check=False)
+        return subprocess.run(
+            self.command(*options),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+            env=os.environ | {"TMPDIR": str(self.temporary)},
+        )
 
     @contextmanager
     def running(self, *options: str, until: str = UP) -> Iterator[tuple[subprocess.Popen[str], str]]:
@@ -70,7 +81,9 @@ def place() -> Iterator[Place]:
     # Below /tmp and passable, because as root PostgreSQL runs as `nobody`.
     with tempfile.TemporaryDirectory(prefix="neoforge-demo-", dir="/tmp") as directory:
         Path(directory).chmod(0o711)
-        yield Place(Path(directory) / "state", free_ports())
+        place = Place(Path(directory) / "state", free_ports())
+        place.temporary.mkdir()
+        yield place
 
 
 @pytest.fixture
@@ -99,6 +112,7 @@ def test_the_check_proves_an_arrival_and_two_refusals_and_leaves_nothing_running
     assert "Refused a wrong key (401)" in done.stdout
     assert "Refused a bad address (422): to: " in done.stdout
     assert done.stderr == ""
+    assert not list(place.temporary.iterdir())
     for number in place.ports.values():
         socket.create_server(("127.0.0.1", number)).close()
 
