@@ -74,7 +74,7 @@ def _respond(store: Store, head: str) -> bytes:
         if method not in {"GET", "HEAD"}:
             raise Refusal("405 Method Not Allowed", "only GET and HEAD are answered")
         _check_host(head)
-        answer = _route(store, head.split(" ", 2)[1])
+        answer = _route(store, _target(head))
     except Refusal as refusal:
         answer = _json({"detail": refusal.detail})
         answer.status = refusal.status
@@ -91,6 +91,13 @@ def _respond(store: Store, head: str) -> bytes:
     return "\r\n".join(lines).encode("latin-1") + (b"" if method == "HEAD" else answer.content)
 
 
+def _target(head: str) -> str:
+    match = re.match(r"[A-Z]+ (/\S*) HTTP/1\.[01]\r\n", head)
+    if match is None:
+        raise Refusal("400 Bad Request", "this is not a request for a page")
+    return match[1]
+
+
 def _check_host(head: str) -> None:
     """Refuse names of the public DNS: no web site may read the mailbox by rebinding its name to this address."""
     match = re.search(r"^Host:[ \t]*(\S*?)(?::\d+)?[ \t]*\r$", head, re.IGNORECASE | re.MULTILINE)
@@ -103,7 +110,7 @@ def _check_host(head: str) -> None:
 
 
 def _route(store: Store, target: str) -> Answer:
-    parts = urlsplit(target)
+    parts = urlsplit(f"http://mailbox{target}")
     if parts.path in FILES:
         name, kind = FILES[parts.path]
         return Answer((PAGE / name).read_bytes(), kind)
