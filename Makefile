@@ -22,7 +22,7 @@ lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck
 	$(BIN)/mypy
 	$(BIN)/yamllint --strict .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
-	git ls-files | xargs grep -lE '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
+	git ls-files ':!*.j2' | xargs grep -lE '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
 
 test-service: .venv/development.stamp ## the service against real PostgreSQL and Valkey
 	$(BIN)/pytest tests/service --ignore tests/service/test_demo.py $(ARGS)

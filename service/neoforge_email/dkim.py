@@ -57,8 +57,8 @@ class Signer:
             head = message.removesuffix(b"\r\n")
         fields: dict[str, list[bytes]] = {}
         for field in _FOLDS.sub(b"", head).split(b"\r\n"):
-            name, _, value = field.partition(b":")
-            fields.setdefault(name.strip().lower().decode("ascii"), []).append(value)
+            label, _, value = field.partition(b":")
+            fields.setdefault(label.strip().lower().decode("ascii"), []).append(value)
         names: list[str] = []
         signed: list[bytes] = []
         for name in (*_ALWAYS, *_WHERE_PRESENT):

@@ -76,7 +76,9 @@ def locked(lock: str, python: str) -> str:
         text, *hashes = re.split(r"\s+--hash=", entry.strip())
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate(environment):
-            lines.append(" ".join([f"{requirement.name}{requirement.specifier}", *(f"--hash={item}" for item in hashes)]))
+            lines.append(
+                " ".join([f"{requirement.name}{requirement.specifier}", *(f"--hash={item}" for item in hashes)])
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -102,7 +104,7 @@ def download(root: Path, requirements: str, python: str) -> Path:
         target = ["--python-version", python, "--implementation", "cp", *abis, *platforms]
         pip("download", "--no-deps", "--require-hashes", "--only-binary=:all:", *target, "--dest", wheels, "-r", file)
         wheels.chmod(0o755)
-        os.replace(wheels, directory)
+        wheels.replace(directory)
     return directory
 
 
@@ -127,13 +129,16 @@ def write(archive: Path, requirements: str, wheels: Path, own: tuple[str, bytes]
     members |= {f"wheels/{name}": data, "requirements.txt": text.encode()}
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_suffix(f".{os.getpid()}")
-    with part.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, mtime=0, filename="") as packed:
-        with tarfile.open(fileobj=packed, mode="w") as tar:
-            for path in sorted(members):
-                entry = tarfile.TarInfo(path)
-                entry.size, entry.mode = len(members[path]), 0o644
-                tar.addfile(entry, io.BytesIO(members[path]))
-    os.replace(part, archive)
+    with (
+        part.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=1, mtime=0, filename="") as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for path in sorted(members):
+            entry = tarfile.TarInfo(path)
+            entry.size, entry.mode = len(members[path]), 0o644
+            tar.addfile(entry, io.BytesIO(members[path]))
+    part.replace(archive)
 
 
 if __name__ == "__main__":
