@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any, cast
 
@@ -61,7 +62,13 @@ def create_app_from_environment() -> Litestar:
     """For uvicorn's `--factory`. Raises SettingsError."""
     settings = Settings.from_environment(os.environ)
     configure_logging(settings)
-    return create_app(settings)
+    app = create_app(settings)
+    # The collector walked over every request that waits for its commit, again and again: 28 % of the time under load.
+    # What exists now lives as long as the process, and little of what a request makes is in a cycle.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+    return app
 
 
 def _cors(settings: Settings) -> CORSConfig:

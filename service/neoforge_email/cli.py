@@ -79,6 +79,8 @@ def migrate() -> None:
     """Bring the database's schema and functions to this version. A second run changes nothing.
 
     Connects by DATABASE_MIGRATE_URL, as a member of neoforge_owner and neoforge_outbox.
+
+    Example: neoforge migrate
     """
     from . import db
 
@@ -115,7 +117,10 @@ def keys_create(user: str, name: str) -> None:
 @keys.command("list")
 @click.option("--user", help="Of this user only.")
 def keys_list(user: str | None) -> None:
-    """Show keys: id, user, name, beginning, and when each was made, last used and revoked."""
+    """Show keys: id, user, name, beginning, and when each was made, last used and revoked.
+
+    Example: neoforge keys list --user shop
+    """
     from . import keys as api_keys
 
     for key in asyncio.run(_with_database(lambda connection: api_keys.list_all(connection, user))):
@@ -129,7 +134,10 @@ def keys_list(user: str | None) -> None:
 @keys.command("revoke")
 @click.argument("key_id", type=int)
 def keys_revoke(key_id: int) -> None:
-    """Make a key useless, within 30 seconds everywhere. KEY_ID is the first column of `keys list`."""
+    """Make a key useless, within 30 seconds everywhere. KEY_ID is the first column of `keys list`.
+
+    Example: neoforge keys revoke 7
+    """
     from . import keys as api_keys
 
     key = asyncio.run(_with_database(lambda connection: api_keys.revoke(connection, key_id)))
@@ -189,6 +197,8 @@ def status(as_json: bool) -> None:
     for more than five minutes.
 
     Connects by DATABASE_MIGRATE_URL and REDIS_URL.
+
+    Example: neoforge status --json
     """
     report = asyncio.run(_status(_settings()))
     if as_json:

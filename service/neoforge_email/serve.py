@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from . import db, outbox
-from .errors import NeoforgeError
+from .errors import NeoforgeError, SettingsError
 from .settings import Settings
 
 
@@ -55,7 +55,12 @@ def _serve_metrics(settings: Settings) -> None:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     registry.register(_Queue(settings))  # type: ignore[arg-type]
-    start_http_server(settings.metrics_port, settings.metrics_host, registry)
+    try:
+        start_http_server(settings.metrics_port, settings.metrics_host, registry)
+    except OSError as error:
+        raise SettingsError(
+            f"METRICS_PORT: {settings.metrics_host}:{settings.metrics_port}: {error.strerror}"
+        ) from None
 
 
 class _Queue:
