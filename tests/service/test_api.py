@@ -195,6 +195,7 @@ async def test_what_is_left_out_gets_the_services_defaults(api: Api) -> None:
         ({"metadata": {"a": ["\0"]}}, "metadata", "NUL"),
         ({"metadata": {str(n): n for n in range(51)}}, "metadata", "at most 50"),
         ({"metadata": []}, "metadata", "expected `object`"),
+        ({"metadata": {"a": json.loads("[" * 32 + "]" * 32)}}, "metadata", "32 levels"),
         ({"priority": "urgent"}, "priority", "urgent"),
         ({"recipient": "ada@example.net"}, "recipient", "not a field"),
     ],
@@ -221,6 +222,12 @@ async def test_a_text_that_only_looks_like_nul_is_kept(api: Api) -> None:
     assert (await api.get(accepted["id"])).json()["metadata"] == {"pattern": "\\u0000"}
 
 
+async def test_metadata_of_the_greatest_depth_can_be_read_back(api: Api) -> None:
+    metadata = {"a": json.loads("[" * 31 + "]" * 31)}
+    accepted = (await api.send({"metadata": metadata})).json()
+    assert (await api.get(accepted["id"])).json()["metadata"] == metadata
+
+
 async def test_a_sender_is_asked_for_where_there_is_no_default(
     make_settings: Callable[..., Settings], database: Database
 ) -> None:
@@ -239,7 +246,8 @@ async def test_a_sender_is_asked_for_where_there_is_no_default(
         b'{"to": "\xff"}',
         b'{"metadata": {"a": NaN}}',
         b'{"subject": "\\ud800"}',
-        b'{"metadata": ' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}",
+        b'{"metadata": {"a": ' + b"[" * 40_000 + b"]" * 40_000 + b"}}",
+        b'{"x": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
     ],
 )
 async def test_a_body_that_is_no_json_is_malformed(api: Api, body: bytes) -> None:

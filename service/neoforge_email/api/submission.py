@@ -22,6 +22,7 @@ MAX_HEADERS = 50
 MAX_TAGS = 10
 MAX_METADATA_KEYS = 50
 MAX_METADATA_BYTES = 10_000  # as JSON
+MAX_METADATA_LEVELS = 32
 MAX_IDEMPOTENCY_KEY = 255
 
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,256}")
@@ -84,9 +85,10 @@ _encode_json = msgspec.json.encode
 def decode(body: bytes) -> EmailRequest:
     """Raises MalformedBody for what is no JSON, ValidationFailed for what has another shape."""
     try:
-        return _decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise ValidationFailed("Some fields cannot be accepted.", errors=_explain(body, str(error))) from None
+        try:
+            return _decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise ValidationFailed("Some fields cannot be accepted.", errors=_explain(body, str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MalformedBody(f"The body must be one JSON object in UTF-8: {error}.") from None
     except RecursionError:
@@ -249,11 +251,19 @@ def _check_labels(request: EmailRequest, errors: list[FieldError]) -> None:
         return
     if len(request.metadata) > MAX_METADATA_KEYS:
         errors.append({"field": "metadata", "message": f"at most {MAX_METADATA_KEYS} keys"})
+    if _deeper_than(MAX_METADATA_LEVELS, request.metadata):
+        errors.append({"field": "metadata", "message": f"must be nested at most {MAX_METADATA_LEVELS} levels deep"})
+        return
     encoded = _encode_json(request.metadata)
     if len(encoded) > MAX_METADATA_BYTES:
         errors.append({"field": "metadata", "message": f"must have at most {MAX_METADATA_BYTES} bytes as JSON"})
     elif b"\\u0000" in encoded and _holds_nul(request.metadata):
         errors.append({"field": "metadata", "message": "must not contain NUL (U+0000)"})
+
+
+def _deeper_than(levels: int, value: object) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return items is not None and (levels == 0 or any(_deeper_than(levels - 1, item) for item in items))
 
 
 def _holds_nul(value: object) -> bool:
