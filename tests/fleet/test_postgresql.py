@@ -1,0 +1,114 @@
+"""PostgreSQL as it runs: checksums, TLS, SCRAM, rights, audit, and its return from a kill."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from .conftest import Fleet
+
+PSQL = "runuser -u postgres -- psql -XAtq -d neoforge_prod"
+
+
+@pytest.fixture(scope="module")
+def machine(fleet: Fleet) -> str:
+    return fleet.groups["postgresql"][0]
+
+
+def sql(fleet: Fleet, machine: str, statement: str) -> str:
+    return fleet.ok(machine, f"{PSQL} -v ON_ERROR_STOP=1", statement).strip()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("data_checksums", "on"),
+        ("ssl", "on"),
+        ("ssl_min_protocol_version", "TLSv1.3"),
+        ("password_encryption", "scram-sha-256"),
+        ("synchronous_commit", "on"),
+        ("fsync", "on"),
+        ("jit", "off"),
+        ("max_prepared_transactions", "0"),
+        ("default_toast_compression", "lz4"),
+        ("log_parameter_max_length", "0"),
+        ("log_parameter_max_length_on_error", "0"),
+        ("pgaudit.log", "ddl, role"),
+        ("pgaudit.log_parameter", "off"),
+        ("pgaudit.role", "neoforge_auditor"),
+    ],
+)
+def test_it_runs_with_the_setting(fleet: Fleet, machine: str, setting: str, value: str) -> None:
+    assert sql(fleet, machine, f"select current_setting('{setting}')") == value
+
+
+def test_its_settings_come_from_the_file_that_ansible_writes(fleet: Fleet, machine: str) -> None:
+    source = sql(fleet, machine, "select sourcefile from pg_settings where name = 'shared_buffers'")
+    assert source.endswith("/conf.d/60-neoforge.conf")
+    assert sql(fleet, machine, "select count(*) from pg_settings where pending_restart") == "0"
+    assert sql(fleet, machine, "select count(*) from pg_file_settings where error is not null") == "0"
+
+
+def test_the_database_orders_text_alike_on_every_release(fleet: Fleet, machine: str) -> None:
+    query = "select datcollate, pg_get_userbyid(datdba) from pg_database where datname = current_database()"
+    assert sql(fleet, machine, query) == "C.UTF-8|neoforge_owner"
+
+
+def test_pg_hba_knows_scram_over_tls_only_and_ends_in_reject(fleet: Fleet, machine: str) -> None:
+    rows = sql(fleet, machine, "select type, auth_method from pg_hba_file_rules order by rule_number").splitlines()
+    assert rows[0] == "local|peer"
+    assert set(rows[1:-3]) == {"hostssl|scram-sha-256"}
+    assert rows[-3:] == ["local|reject", "host|reject", "host|reject"]
+    assert sql(fleet, machine, "select count(*) from pg_hba_file_rules where error is not null") == "0"
+
+
+def test_every_password_is_a_scram_verifier(fleet: Fleet, machine: str) -> None:
+    query = "select rolname from pg_authid where rolname <> 'postgres' and rolcanlogin"
+    assert sql(fleet, machine, query).count("neoforge_") == 4
+    assert sql(fleet, machine, f"{query} and rolpassword not like 'SCRAM-SHA-256$%'") == ""
+
+
+def test_no_role_of_the_service_may_more_than_it_needs(fleet: Fleet, machine: str) -> None:
+    powers = "rolsuper or rolcreatedb or rolcreaterole or rolreplication or rolbypassrls"
+    query = f"select rolname from pg_roles where rolname like 'neoforge%' and ({powers})"
+    assert sql(fleet, machine, query) == ""
+    assert sql(fleet, machine, "select has_schema_privilege('neoforge_app', 'public', 'create')") == "f"
+    query = "select count(*) from pg_database, aclexplode(datacl) where datname = current_database() and grantee = 0"
+    assert sql(fleet, machine, query) == "0"
+
+
+@pytest.mark.parametrize("mode", ["disable", "require"])
+def test_nobody_gets_in_without_tls_or_with_a_wrong_password(fleet: Fleet, machine: str, mode: str) -> None:
+    target = f"host={machine} dbname=neoforge_prod user=neoforge_api password=wrong sslmode={mode}"
+    done = fleet.shell(machine, f"psql '{target}' -c 'select 1'")
+    assert done.returncode != 0
+    assert ("pg_hba.conf rejects" if mode == "disable" else "password authentication failed") in done.stderr
+
+
+def test_an_outdated_tls_is_refused(fleet: Fleet, machine: str) -> None:
+    target = f"host={machine} dbname=neoforge_prod user=neoforge_api sslmode=require ssl_max_protocol_version=TLSv1.2"
+    done = fleet.shell(machine, f"psql '{target}' -c 'select 1'")
+    assert done.returncode != 0
+    assert "protocol version" in done.stderr
+
+
+def test_writes_of_sensitive_tables_are_audited(fleet: Fleet, machine: str) -> None:
+    for table in ("users", "api_keys"):
+        assert sql(fleet, machine, f"select has_table_privilege('neoforge_auditor', '{table}', 'insert')") == "t"
+
+
+def test_the_sandbox_stands(fleet: Fleet, machine: str) -> None:
+    unit = fleet.ok(machine, "systemctl list-units --plain --no-legend 'postgresql@*' | cut -d' ' -f1").strip()
+    fleet.ok(machine, f"systemd-analyze security --no-pager --threshold=20 {unit} >/dev/null")
+
+
+def test_it_comes_back_from_a_kill(fleet: Fleet, machine: str) -> None:
+    unit = fleet.ok(machine, "systemctl list-units --plain --no-legend 'postgresql@*' | cut -d' ' -f1").strip()
+    old = fleet.ok(machine, f"systemctl show --property=MainPID --value {unit}").strip()
+    fleet.ok(machine, f"kill -KILL {old}")
+    deadline = time.monotonic() + 60
+    while fleet.shell(machine, f"{PSQL} -c 'select 1'").returncode != 0:
+        assert time.monotonic() < deadline, fleet.ok(machine, f"journalctl -n 30 -u {unit}")
+        time.sleep(0.5)
+    assert fleet.ok(machine, f"systemctl show --property=MainPID --value {unit}").strip() != old
