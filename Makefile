@@ -31,13 +31,15 @@ test-service: .venv/development.stamp ## the service against real PostgreSQL and
 test-demo: .venv/development.stamp ## the demo, end to end
 	$(BIN)/pytest tests/service/test_demo.py
 
+# Machines of their own, so that those of `make fleet` stay.
+test-fleet: export FLEET_SET ?= 9
 test-fleet: .venv/development.stamp fleet-tools ## the fleet on a test machine: create, converge, converge again, verify, destroy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule reset -s default
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test -s default
 
 fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/create.yml -i inventories/local
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook site.yml -i inventories/local $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook site.yml tests/fleet/sink.yml -i inventories/local $(ARGS)
 
 fleet-destroy: .venv/development.stamp ## take the test machines away
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/destroy.yml -i inventories/local
