@@ -14,7 +14,7 @@ from .conftest import EMAILS, Edge, Fleet
 MESSAGES = 500
 KILL_AT = (150, 350)
 UNITS = {
-    "redis": "redis-server",
+    "redis": "redis-server*",
     "worker": "neoforge-worker@*",
     "api": "neoforge-api",
     "postgresql": "postgresql@*",
