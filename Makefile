@@ -13,9 +13,8 @@ help: ## list the targets
 demo: .venv/demo.stamp ## run the whole service on this computer, without root, until Ctrl-C (ARGS="--check", "--fresh", "--help")
 	@$(BIN)/neoforge demo $(ARGS)
 
-test: lint test-service test-demo ## lint, service, demo; the fleet is `make test-fleet` until its scenario has passed whole
-	@echo
-	@echo "NOT TESTED HERE: the fleet. Its roles are still being brought together: run 'make test-fleet' as root on Debian."
+test: lint test-service test-demo ## everything: lint, service, demo, fleet
+	@.ci/fleet-or-say-so
 
 lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck
 	$(BIN)/ruff check service tests roles molecule

@@ -56,7 +56,7 @@ def test_the_database_orders_text_alike_on_every_release(fleet: Fleet, machine: 
 
 
 def test_pg_hba_knows_scram_over_tls_only_and_ends_in_reject(fleet: Fleet, machine: str) -> None:
-    rows = sql(fleet, machine, "select type, auth_method from pg_hba_file_rules order by rule_number").splitlines()
+    rows = sql(fleet, machine, "select type, auth_method from pg_hba_file_rules order by line_number").splitlines()
     assert rows[0] == "local|peer"
     assert set(rows[1:-3]) == {"hostssl|scram-sha-256"}
     assert rows[-3:] == ["local|reject", "host|reject", "host|reject"]
