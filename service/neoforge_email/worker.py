@@ -27,6 +27,7 @@ from . import db, outbox, providers
 from .delivery import Delivery
 from .errors import SettingsError
 from .observability import DOORBELL_ERRORS, configure_logging
+from .redis import options
 from .settings import Settings
 
 log = structlog.get_logger()
@@ -50,7 +51,6 @@ def __getattr__(name: str) -> Any:
 
 def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any]:
     """arq's settings as a plain mapping (from a class arq drops what is inherited)."""
-    redis = redis_settings(settings)
     queue_name = f"{settings.email_queue_name}:jobs"
     return {
         "cron_jobs": [
@@ -61,8 +61,8 @@ def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any
         "ctx": {"settings": settings, "burst": burst},
         "on_startup": startup,
         "on_shutdown": shutdown,
-        "redis_settings": redis,
-        "redis_pool": _pool(redis, queue_name),
+        "redis_settings": redis_settings(settings),
+        "redis_pool": _Pool(**options(settings), encoding="utf8", default_queue_name=queue_name),
         "queue_name": queue_name,
         "health_check_key": f"{settings.email_queue_name}:health:{settings.instance}",
         "health_check_interval": 5,
@@ -72,7 +72,7 @@ def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any
 
 
 def redis_settings(settings: Settings) -> RedisSettings:
-    """Where arq's Redis is. With TLS the peer's certificate and its name are both verified; arq leaves the name out."""
+    """The same for arq's `--check`, which makes a pool of its own; arq's default does not verify the peer's name."""
     url = settings.redis_url
     return RedisSettings(
         host=url.host,
@@ -82,11 +82,9 @@ def redis_settings(settings: Settings) -> RedisSettings:
         password=url.password,
         ssl=url.tls,
         ssl_ca_certs=url.ca_file,
-        ssl_cert_reqs="required",
         ssl_check_hostname=url.tls,
         conn_timeout=max(round(settings.redis_socket_connect_timeout.total_seconds()), 1),
         conn_retries=1,
-        max_connections=settings.redis_pool_size,
     )
 
 
@@ -175,21 +173,3 @@ class _Pool(ArqRedis):
             return await super().delete(*names)
         except (RedisError, OSError):
             return 0
-
-
-def _pool(redis: RedisSettings, queue_name: str) -> ArqRedis:
-    return _Pool(
-        host=redis.host,
-        port=redis.port,
-        db=redis.database,
-        username=redis.username,
-        password=redis.password,
-        ssl=redis.ssl,
-        ssl_ca_certs=redis.ssl_ca_certs,
-        ssl_cert_reqs=redis.ssl_cert_reqs,
-        ssl_check_hostname=redis.ssl_check_hostname,
-        socket_connect_timeout=redis.conn_timeout,
-        max_connections=redis.max_connections,
-        encoding="utf8",
-        default_queue_name=queue_name,
-    )
