@@ -203,8 +203,6 @@ PORT = _whole(1, 65535)
 class Settings:
     """Immutable; built by `from_environment`. Sizes are bytes, durations are `timedelta`."""
 
-    environment: str = _setting("production")
-    debug: bool = _setting("false", _boolean)
     log_level: str = _setting("INFO", _level)
     log_format: str = _setting("json", _one_of("json", "console"))
     project_name: str = _setting("NeoForge Email System")
@@ -268,7 +266,6 @@ class Settings:
     enable_metrics: bool = _setting("true", _boolean)
     metrics_host: str = _setting("127.0.0.1")
     metrics_port: int = _setting("8001", PORT)
-    metrics_path: str = _setting("/metrics", _path)
     health_check_timeout: timedelta = _setting("10", _seconds(0.1, 60))
 
     graceful_shutdown_timeout: timedelta = _setting("30", _seconds(1, 600))
