@@ -25,26 +25,31 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 PACKAGE = Path(__file__).parent
 
-# What asyncpg raises when the server is away, restarting or full, or was lost in the middle of an operation, while nothing is
-# wrong with the statement.
-UNREACHABLE = (
+# What asyncpg raises where nothing is wrong with the statement, and the same one may succeed a moment later: the server is
+# away, restarting, a replica, full or out of memory, or a deadlock or an operator ended the transaction.
+UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.TransactionRollbackError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.PostgresSystemError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.LockNotAvailableError,
 )
+# What it raises for a value that cannot be stored. Ask for it first: where asyncpg itself finds the fault, it is a kind of
+# InterfaceError as well.
+UNSTORABLE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError)
 
 
 async def connect(url: DatabaseUrl, purpose: str) -> Connection:
     """One connection; `purpose` is its application_name. Raises DatabaseUnavailable."""
     try:
         return await asyncpg.connect(url.dsn, ssl=url.tls, timeout=10, server_settings=_session(purpose))
-    except UNREACHABLE as error:
+    except UNAVAILABLE as error:
         raise DatabaseUnavailable(f"PostgreSQL at {url.host} cannot be reached ({type(error).__name__})") from error
 
 
@@ -70,7 +75,7 @@ async def read_session(pool: Pool, user_id: int) -> AsyncIterator[Connection]:
         async with pool.acquire() as connection, connection.transaction(readonly=True):
             await connection.execute("select set_config('app.current_user_id', $1, true)", str(user_id))
             yield cast("Connection", connection)
-    except UNREACHABLE as error:
+    except UNAVAILABLE as error:
         raise DatabaseUnavailable("PostgreSQL cannot be reached; nothing was read") from error
 
 

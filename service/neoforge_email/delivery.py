@@ -18,11 +18,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
 
-import asyncpg
 import structlog
 
 from . import outbox
-from .db import UNREACHABLE, Pool
+from .db import UNAVAILABLE, UNSTORABLE, Pool
 from .errors import ProviderUnavailable
 from .lifecycle import Backoff, Decision, EventType, QueueState, Status, Verdict, decide
 from .message import Message, Recipient
@@ -59,14 +58,22 @@ class _Attempt:
     allowed: asyncio.Future[set[UUID]]
 
 
+@dataclass(slots=True)
+class _Held:
+    """A lease of ours, under its attempt's id; `until` is on the monotonic clock, in seconds."""
+
+    message: Message
+    until: float
+
+
 class Delivery:
     """Delivers what is due until it is stopped. `run` ends with an error if any part of the loop does."""
 
-    def __init__(self, pool: Pool, provider: Provider, settings: Settings, *, lease: timedelta = LEASE) -> None:
+    def __init__(self, pool: Pool, provider: Provider, settings: Settings, *, lease: timedelta | None = None) -> None:
         self._pool = pool
         self._provider = provider
         self._owner = settings.instance
-        self._lease = max(lease, 2 * provider.timeout + timedelta(seconds=10))
+        self._lease = lease or max(LEASE, 2 * provider.timeout + timedelta(seconds=10))
         self._interval = settings.email_worker_interval.total_seconds()
         self._error_interval = settings.email_worker_error_interval.total_seconds()
         self._backoff = Backoff(
@@ -79,8 +86,7 @@ class Delivery:
         )
         self._capacity = 2 * provider.connections * provider.window
         self._turn = outbox.Turn()
-        self._held: dict[UUID, float] = {}
-        self._messages: dict[UUID, Message] = {}
+        self._held: dict[str, _Held] = {}
         self._windows: asyncio.Queue[list[Claim]] = asyncio.Queue()
         self._attempts: list[_Attempt] = []
         self._completions: list[Completion] = []
@@ -145,8 +151,8 @@ class Delivery:
                 began = time.monotonic()
                 claims = await self._patiently("claim", self._claim_once, free)
                 for claimed in claims:
-                    self._held[claimed.message.id] = began + self._lease.total_seconds()
-                    self._messages[claimed.message.id] = claimed.message
+                    until = began + self._lease.total_seconds()
+                    self._held[claimed.message.attempt] = _Held(claimed.message, until)
                 EMAIL_CLAIMED.labels(self._provider.name).inc(len(claims))
                 EMAIL_IN_FLIGHT.labels(self._provider.name).set(len(self._held))
                 for window in _windows(claims, self._provider.window):
@@ -192,7 +198,6 @@ class Delivery:
                 PROVIDER_UP.labels(self._provider.name).set(1)
                 allowed = await self._attempted(messages)
                 mine = [claimed for claimed in window if claimed.message.id in allowed]
-                self._let_go(message for message in messages if message.id not in allowed)
                 if mine:
                     attempted_at = datetime.now(UTC)
                     results = await self._call(connection, mine)
@@ -220,9 +225,11 @@ class Delivery:
         """A message may be started while we are not stopping and every lease of its window outlasts one call."""
         call_seconds = self._provider.timeout.total_seconds()
 
+        leases = [self._held[claimed.message.attempt] for claimed in window]
+
         def may_start() -> bool:
             last = time.monotonic() + call_seconds
-            return not self._stopping and all(self._held.get(claimed.message.id, 0.0) > last for claimed in window)
+            return not self._stopping and all(lease.until > last for lease in leases)
 
         return may_start
 
@@ -241,12 +248,14 @@ class Delivery:
             messages = [message for window in waiting for message in window.messages]
             try:
                 allowed = await outbox.attempt(self._pool, messages, self._provider.timeout)
-            except UNREACHABLE as error:
+            except UNAVAILABLE as error:
                 # It may have been committed. Nothing was sent, and the completion says so as soon as it can.
                 DATABASE_ERRORS.labels("attempt").inc()
                 log.warning("database.unavailable", operation="attempt", reason=type(error).__name__)
                 allowed = set()
                 self._record(Completion(message, UNTOUCHED, (), None) for message in messages)
+            else:
+                self._let_go(message for message in messages if message.id not in allowed)
             for window in waiting:
                 window.allowed.set_result(allowed)
 
@@ -296,7 +305,7 @@ class Delivery:
             batch, self._completions = self._completions, []
             try:
                 await self._patiently("complete", self._complete_once, batch)
-            except asyncpg.PostgresError:
+            except UNSTORABLE:
                 log.exception("complete.batch_failed", messages=len(batch))
                 await self._complete_singly(batch)
             self._let_go(item.message for item in batch)
@@ -313,13 +322,12 @@ class Delivery:
         for item in batch:
             try:
                 await self._patiently("complete", self._complete_once, [item])
-            except asyncpg.PostgresError:
+            except UNSTORABLE:
                 log.exception("complete.failed", email_id=str(item.message.id))
 
     def _let_go(self, messages: Iterable[Message]) -> None:
         for message in messages:
-            self._held.pop(message.id, None)
-            self._messages.pop(message.id, None)
+            self._held.pop(message.attempt, None)
         EMAIL_IN_FLIGHT.labels(self._provider.name).set(len(self._held))
         self._wake.set()
 
@@ -344,18 +352,19 @@ class Delivery:
         """Keep what is held. A message whose lease was lost meanwhile gets no new time, so no call on it starts."""
         while True:
             await asyncio.sleep(self._lease.total_seconds() / 3)
-            held = list(self._messages.values())
+            # Where a lease was lost and taken anew, only the newer one can be renewed.
+            held = {lease.message.id: lease for lease in self._held.values()}
             if not held:
                 continue
             began = time.monotonic()
             try:
-                kept = await outbox.renew(self._pool, held, self._lease)
-            except UNREACHABLE as error:
+                kept = await outbox.renew(self._pool, [lease.message for lease in held.values()], self._lease)
+            except UNAVAILABLE as error:
                 DATABASE_ERRORS.labels("renew").inc()
                 log.warning("database.unavailable", operation="renew", reason=type(error).__name__)
                 continue
-            for email_id in kept & self._held.keys():
-                self._held[email_id] = began + self._lease.total_seconds()
+            for email_id in kept:
+                held[email_id].until = began + self._lease.total_seconds()
 
     async def _patiently(self, operation: str, call: Callable[..., Awaitable[T]], *arguments: object) -> T:
         """Call until the database answers; each failure is counted, the first of a row is logged."""
@@ -363,7 +372,9 @@ class Delivery:
         while True:
             try:
                 return await call(*arguments)
-            except UNREACHABLE as error:
+            except UNSTORABLE:
+                raise
+            except UNAVAILABLE as error:
                 DATABASE_ERRORS.labels(operation).inc()
                 if not failures:
                     log.warning("database.unavailable", operation=operation, reason=type(error).__name__)

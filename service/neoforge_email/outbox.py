@@ -18,8 +18,8 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from .db import UNREACHABLE, Connection, Pool
-from .errors import DatabaseUnavailable, IdempotencyKeyReused, IntakeFull, OutcomeUnknown
+from .db import UNAVAILABLE, UNSTORABLE, Connection, Pool
+from .errors import DatabaseUnavailable, IdempotencyKeyReused, IntakeFull, NeoforgeError, OutcomeUnknown
 from .lifecycle import Backoff, Decision
 from .message import Kind, Mailbox, Message, Recipient
 
@@ -145,15 +145,17 @@ class Intake:
         and one bad row does not fail the others."""
         try:
             connection = await self._pool.acquire(timeout=PATIENCE.total_seconds())
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             raise DatabaseUnavailable("The database cannot be reached; nothing was accepted") from error
         try:
             lost = await self._accept(connection, batch, at)
-        except (*UNREACHABLE, asyncpg.PostgresError):
+        except (*UNAVAILABLE, *UNSTORABLE, asyncpg.PostgresError):
+            lost = None
+        finally:
             await self._pool.release(connection)
+        if lost is None:
             await self._flush_singly(batch, at)
         else:
-            await self._pool.release(connection)
             await self._answer(batch, lost)
         self._on_commit()
 
@@ -167,7 +169,9 @@ class Intake:
                     await self._answer([waiting], lost)
                 except asyncpg.UniqueViolationError:
                     await self._answer([waiting], set())
-                except UNREACHABLE:
+                except (*UNSTORABLE, NeoforgeError) as error:
+                    _fail(waiting, error)
+                except UNAVAILABLE:
                     if time.monotonic() < give_up:
                         await asyncio.sleep(0.2)
                         continue
@@ -239,7 +243,7 @@ class Intake:
                 [waiting.draft.user_id for waiting in losers],
                 [waiting.draft.idempotency_key for waiting in losers],
             )
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             raise DatabaseUnavailable("The database cannot be reached; no further message was accepted") from error
         holder = {(row["user_id"], row["key"]): row for row in rows}
         for waiting in losers:

@@ -83,7 +83,7 @@ class _Queue:
         up = GaugeMetricFamily("email_database_up", "PostgreSQL answered")
         try:
             stats = asyncio.run(self._stats())
-        except (NeoforgeError, *db.UNREACHABLE):
+        except (NeoforgeError, *db.UNAVAILABLE):
             up.add_metric([], 0)
         else:
             up.add_metric([], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -167,6 +168,14 @@ async def test_one_row_that_the_database_refuses_does_not_fail_the_flush_it_shar
     assert isinstance(answers[0], Accepted)
     assert isinstance(answers[2], Accepted)
     assert await superuser.fetchval("select count(*) from email_queue") == 2
+
+
+async def test_a_value_that_cannot_even_be_sent_to_the_database_fails_alone_and_at_once(intake: Intake) -> None:
+    began = time.monotonic()
+    drafts = [a_draft(), a_draft(subject="half a character: \ud800"), a_draft(lane=10**9), a_draft()]
+    answers = await asyncio.gather(*(intake.accept(draft) for draft in drafts), return_exceptions=True)
+    assert [isinstance(answer, Accepted) for answer in answers] == [True, False, False, True]
+    assert time.monotonic() - began < outbox.PATIENCE.total_seconds()
 
 
 async def test_an_id_that_is_there_already_is_a_success(intake: Intake, api: Pool, superuser: db.Connection) -> None:

@@ -14,7 +14,7 @@ from litestar.handlers import HTTPRouteHandler
 from redis.exceptions import RedisError
 
 from neoforge_email import outbox
-from neoforge_email.db import UNREACHABLE
+from neoforge_email.db import UNAVAILABLE
 
 from .runtime import Runtime, Slot
 
@@ -91,6 +91,6 @@ async def _checked(call: Awaitable[Any], seconds: float, status: str, consequenc
     try:
         async with asyncio.timeout(seconds):
             answer = await call
-    except (*UNREACHABLE, RedisError) as error:
+    except (*UNAVAILABLE, RedisError) as error:
         return Check(status, f"{consequence} ({type(error).__name__})")
     return answer if isinstance(answer, Check) else Check("ok")

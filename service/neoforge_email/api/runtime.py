@@ -11,7 +11,7 @@ from litestar import Litestar
 from redis.asyncio import Redis
 
 from neoforge_email import observability, records
-from neoforge_email.db import UNREACHABLE, Pool, create_pool
+from neoforge_email.db import UNAVAILABLE, Pool, create_pool
 from neoforge_email.doorbell import Doorbell
 from neoforge_email.errors import DatabaseUnavailable
 from neoforge_email.outbox import Intake
@@ -48,7 +48,7 @@ def _finder(pool: Pool) -> Callable[[bytes], Awaitable[int | None]]:
     async def find(key_hash: bytes) -> int | None:
         try:
             user_id: int | None = await pool.fetchval("select user_id from find_api_key($1)", key_hash)
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             raise DatabaseUnavailable("The database cannot be reached; nothing was accepted") from error
         return user_id
 
