@@ -117,7 +117,7 @@ class DatabaseUrl:
 
     dsn: str = field(repr=False)
     host: str
-    tls: ssl.SSLContext | bool = field(repr=False)
+    tls: ssl.SSLContext | bool = field(repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str, password: str | None = None) -> DatabaseUrl:

@@ -85,6 +85,12 @@ def test_sslmode_becomes_a_context_as_strict_as_asked() -> None:
     assert (verified.verify_mode, verified.check_hostname) == (ssl.CERT_REQUIRED, True)
 
 
+def test_without_a_replica_readers_need_no_pool_of_their_own() -> None:
+    settings = read(DATABASE_URL="postgresql+asyncpg://db1/x?sslmode=verify-full")
+    assert settings.database_read_url == settings.database_url
+    assert read(DATABASE_READ_URL="postgresql://db2/x").database_read_url != read().database_url
+
+
 def test_the_page_of_settings_names_every_variable_with_its_default() -> None:
     page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
     for item in dataclasses.fields(Settings):
