@@ -16,12 +16,14 @@ demo: .venv/demo.stamp ## run the whole service on this computer, without root, 
 test: lint test-service test-demo ## everything: lint, service, demo, fleet
 	@.ci/fleet-or-say-so
 
-lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck
+lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck, and the example inventories
 	$(BIN)/ruff check service tests roles molecule
 	$(BIN)/ruff format --check service tests roles molecule
 	$(BIN)/mypy
 	$(BIN)/yamllint --strict .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
+	set -e; for name in prod staging single local; do \
+	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook playbooks/inventory.yml -i "inventories/$$name"; done
 	git ls-files ':!*.j2' | xargs grep -lE '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
 
 test-service: .venv/development.stamp ## the service against real PostgreSQL and Valkey
