@@ -253,9 +253,14 @@ def is_free(port: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    tasks = Path(f"/proc/{pid}/task")
+    while True:
+        try:
+            return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            # A thread ended under our eyes; its children are another thread's now, so look at all of them again.
+            if not tasks.exists():
+                raise
 
 
 def command(pid: int) -> str:
