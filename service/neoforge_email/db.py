@@ -24,6 +24,7 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 PACKAGE = Path(__file__).parent
+FUNCTIONS = ("outbox.sql",)
 
 # What asyncpg raises where nothing is wrong with the statement, and the same one may succeed a moment later: the server is
 # away, restarting, a replica, full or out of memory, or a deadlock or an operator ended the transaction.
@@ -81,7 +82,7 @@ async def read_session(pool: Pool, user_id: int) -> AsyncIterator[Connection]:
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """What `migrate` did: the schema's versions, and whether the functions of outbox.sql were installed anew."""
+    """What `migrate` did: the schema's versions, and whether FUNCTIONS were installed anew."""
 
     before: str | None
     after: str
@@ -147,8 +148,8 @@ def _upgrade(connection: SyncConnection) -> None:
 
 
 async def _install_functions(connection: Connection) -> bool:
-    """Install outbox.sql unless these very functions are there. Definer functions need an owner who may create."""
-    script = (PACKAGE / "outbox.sql").read_text(encoding="utf-8")
+    """Install FUNCTIONS unless these very ones are there. Definer functions need an owner who may create."""
+    script = "\n".join((PACKAGE / name).read_text(encoding="utf-8") for name in FUNCTIONS)
     digest = hashlib.sha256(script.encode()).hexdigest()
     await connection.execute("reset role")
     if await connection.fetchval("select sha256 from functions_installed") == digest:

@@ -84,6 +84,7 @@ class Delivery:
             error_interval=settings.email_worker_error_interval,
             uncertain_wait=settings.email_uncertain_wait,
         )
+        self._reporting = [provider.name] if provider.reports else []
         self._capacity = 2 * provider.connections * provider.window
         self._turn = outbox.Turn()
         self._held: dict[str, _Held] = {}
@@ -247,13 +248,16 @@ class Delivery:
             waiting, self._attempts = self._attempts, []
             messages = [message for window in waiting for message in window.messages]
             try:
-                allowed = await outbox.attempt(self._pool, messages, self._provider.timeout)
+                allowed = await outbox.attempt(
+                    self._pool,
+                    [outbox.Attempt(message, self._provider.name, self._provider.timeout) for message in messages],
+                )
             except UNAVAILABLE as error:
                 # It may have been committed. Nothing was sent, and the completion says so as soon as it can.
                 DATABASE_ERRORS.labels("attempt").inc()
                 log.warning("database.unavailable", operation="attempt", reason=type(error).__name__)
                 allowed = set()
-                self._record(Completion(message, UNTOUCHED, (), None) for message in messages)
+                self._record(Completion(message, UNTOUCHED, (), None, None) for message in messages)
             else:
                 self._let_go(message for message in messages if message.id not in allowed)
             for window in waiting:
@@ -262,19 +266,31 @@ class Delivery:
     # --- complete ----------------------------------------------------------------------------------------------
 
     def _judged(self, claimed: Claim, results: tuple[Result, ...], attempted_at: datetime) -> Completion:
-        decision = decide(results, claimed.tries, self._backoff, random.random())  # noqa: S311 - jitter, not a secret
+        decision = decide(
+            results,
+            claimed.tries,
+            self._backoff,
+            random.random(),  # noqa: S311 - jitter, not a secret
+            reports=self._provider.reports,
+        )
         recipients = claimed.message.open_recipients if decision.recipients else ()
         if any(result.outcome is Outcome.TAKEN for result in results):
             age = datetime.now(UTC) - claimed.message.created_at
             EMAIL_DELIVERY.labels(self._provider.name).observe(max(age.total_seconds(), 0.0))
-        return self._completion(claimed, decision, recipients, attempted_at)
+        provider_message_ids = tuple(result.provider_message_id for result in results)[: len(recipients)]
+        return self._completion(claimed, decision, recipients, attempted_at, provider_message_ids)
 
     def _settled(self, claimed: Claim) -> Completion:
         """A message that needs no attempt: every recipient that was open is suppressed."""
         return self._completion(claimed, Decision(None, timedelta(), claimed.tries, ()), (), None)
 
     def _completion(
-        self, claimed: Claim, decision: Decision, recipients: tuple[Recipient, ...], attempted_at: datetime | None
+        self,
+        claimed: Claim,
+        decision: Decision,
+        recipients: tuple[Recipient, ...],
+        attempted_at: datetime | None,
+        provider_message_ids: tuple[str | None, ...] = (),
     ) -> Completion:
         """Add the suppressed recipients to what is recorded, and count it all."""
         if decision.state is not QueueState.QUEUED:
@@ -290,7 +306,9 @@ class Delivery:
                 EMAILS_FAILED.labels(name, verdict.status.value).inc()
         if decision.state is QueueState.UNCERTAIN:
             EMAILS_UNCERTAIN.labels(name).inc()
-        return Completion(claimed.message, decision, recipients, attempted_at)
+        return Completion(
+            claimed.message, decision, recipients, attempted_at, name if attempted_at else None, provider_message_ids
+        )
 
     def _record(self, completions: Iterable[Completion]) -> None:
         self._completions.extend(completions)
@@ -311,7 +329,7 @@ class Delivery:
             self._let_go(item.message for item in batch)
 
     async def _complete_once(self, batch: Sequence[Completion]) -> None:
-        won, twice = await outbox.complete(self._pool, batch, self._provider.name)
+        won, twice = await outbox.complete(self._pool, batch)
         EMAILS_LATE.labels(self._provider.name).inc(len(batch) - len(won))
         for email_id in twice:
             EMAILS_DUPLICATE.labels(self._provider.name).inc()
@@ -334,17 +352,19 @@ class Delivery:
     # --- time --------------------------------------------------------------------------------------------------
 
     async def _take_up(self) -> None:
-        swept = await outbox.sweep(self._pool, self._backoff, owner=self._owner)
+        swept = await outbox.sweep(self._pool, self._backoff, self._reporting, owner=self._owner)
         if swept.lapsed or swept.uncertain:
             log.info("leases.taken_up", released=swept.lapsed, uncertain=swept.uncertain)
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
-            swept = await self._patiently("sweep", outbox.sweep, self._pool, self._backoff)
+            swept = await self._patiently("sweep", outbox.sweep, self._pool, self._backoff, self._reporting)
             if swept.uncertain:
                 EMAILS_UNCERTAIN.labels(self._provider.name).inc(swept.uncertain)
                 log.warning("attempt.lost", messages=swept.uncertain)
+            if swept.held:
+                log.error("email.held", messages=swept.held)
             if swept.due:
                 self._wake.set()
 

@@ -7,6 +7,7 @@ API's documentation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TypedDict
 
 
@@ -118,7 +119,14 @@ class OutcomeUnknown(Unavailable):
 
 
 class ProviderUnavailable(NeoforgeError):
-    """A provider cannot be reached or refuses to talk to us; nothing was sent, and no message is to blame."""
+    """A provider cannot be reached or refuses to talk to us; nothing was sent, and no message is to blame.
+
+    `retry_after` is the provider's own word on when it can be used again.
+    """
 
     type = "provider-unavailable"
     title = "The e-mail provider cannot be used"
+
+    def __init__(self, detail: str, retry_after: timedelta | None = None) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after

@@ -16,17 +16,18 @@ from .providers.base import NOT_STARTED, Outcome, Result, Scope
 
 
 class Status(enum.StrEnum):
-    """What became of one recipient, lowest rank first."""
+    """What became of one recipient, lowest rank first: what we know ourselves gives way to what a provider knows."""
 
     QUEUED = "queued"
     DEFERRED = "deferred"
     UNCERTAIN = "uncertain"
-    SENT = "sent"
-    DELIVERED = "delivered"
     CANCELLED = "cancelled"
     SUPPRESSED = "suppressed"
     EXPIRED = "expired"
-    FAILED = "failed"
+    FAILED = "failed"  # no provider took it
+    SENT = "sent"
+    DROPPED = "dropped"  # a provider took it and gave it up without trying
+    DELIVERED = "delivered"
     BOUNCED = "bounced"
     COMPLAINED = "complained"
 
@@ -43,6 +44,7 @@ class QueueState(enum.StrEnum):
     QUEUED = "queued"
     LEASED = "leased"
     UNCERTAIN = "uncertain"
+    HELD = "held"  # waits for an operator
 
 
 class EventType(enum.StrEnum):
@@ -62,6 +64,44 @@ class EventType(enum.StrEnum):
     CLICK = "click"
     SPAM_REPORT = "spam_report"
     UNSUBSCRIBE = "unsubscribe"
+    HELD = "held"
+    RELEASED = "released"
+
+
+_PROVEN = {
+    EventType.SENT: Status.SENT,
+    EventType.DEFERRED: Status.SENT,
+    EventType.DROPPED: Status.DROPPED,
+    EventType.DELIVERED: Status.DELIVERED,
+    EventType.OPEN: Status.DELIVERED,
+    EventType.CLICK: Status.DELIVERED,
+    EventType.UNSUBSCRIBE: Status.DELIVERED,
+    EventType.BOUNCE: Status.BOUNCED,
+    EventType.SPAM_REPORT: Status.COMPLAINED,
+}
+_RANK = {status: rank for rank, status in enumerate(Status)}
+
+
+def implied(event: EventType) -> Status:
+    """What a provider's event proves at least, whichever other events are still on their way.
+
+    That a provider defers a recipient proves that it took it. KeyError for what only we ourselves can say.
+    """
+    return _PROVEN[event]
+
+
+def after(status: Status, event: EventType) -> Status:
+    """The status of a recipient once a provider's event is known: it never falls in rank."""
+    return max(status, implied(event), key=_RANK.__getitem__)
+
+
+def suppresses(event: EventType, permanent: bool) -> bool:
+    """Whether nothing more may be sent to the recipient: it complained, or its address is known not to exist."""
+    return event is EventType.SPAM_REPORT or (event is EventType.BOUNCE and permanent)
+
+
+UNCERTAIN_WAIT = timedelta(seconds=300)
+"""How long an uncertain message waits for an event, where its provider sends any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +113,19 @@ class Backoff:
     base: float
     max_retries: int
     error_interval: timedelta
-    uncertain_wait: timedelta
+    uncertain_wait: timedelta | None
 
     def after(self, tries: int, jitter: float) -> timedelta:
         """The wait after refusal number `tries` (from 1); `jitter` in [0, 1) takes off up to a fifth."""
         steps = min(tries - 1, 64)
         full = min(self.delay.total_seconds() * self.base**steps, self.max_delay.total_seconds())
         return timedelta(seconds=full * (1 - 0.2 * jitter))
+
+    def wait_for_event(self, reports: bool) -> timedelta:
+        """How long an uncertain message waits for an event to settle it; `reports`: its provider sends events."""
+        if self.uncertain_wait is not None:
+            return self.uncertain_wait
+        return UNCERTAIN_WAIT if reports else timedelta()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +147,10 @@ class Decision:
     recipients: tuple[Verdict, ...]
 
 
-def decide(results: Sequence[Result], tries: int, backoff: Backoff, jitter: float) -> Decision:
+def decide(results: Sequence[Result], tries: int, backoff: Backoff, jitter: float, *, reports: bool) -> Decision:
     """Turn the results of one attempt, one an open recipient, into the next state of the message.
+
+    `reports`: the provider of the attempt sends events, one of which may settle what is uncertain.
 
     `tries` counts the refusals of this message so far, attempts without an answer among them. Only answers about the
     message or its recipients add to it; a lost connection or a provider that closed down (`Scope.CONNECTION`) is
@@ -117,7 +165,7 @@ def decide(results: Sequence[Result], tries: int, backoff: Backoff, jitter: floa
     verdicts = tuple(_verdict(result, exhausted) for result in results)
     statuses = {verdict.status for verdict in verdicts}
     if uncertain:
-        wait = max(backoff.uncertain_wait, backoff.after(tries, jitter))
+        wait = max(backoff.wait_for_event(reports), backoff.after(tries, jitter))
         return Decision(QueueState.UNCERTAIN, wait, tries, verdicts)
     if Status.DEFERRED in statuses:
         delay = backoff.after(tries, jitter) if refused else backoff.error_interval

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, Literal
 from uuid import UUID
 
 
@@ -53,8 +55,11 @@ class Message:
 
     @property
     def attempt(self) -> str:
-        """The attempt's id, as it travels with the message so that provider events can name it."""
-        return f"{self.id.hex}.{self.lease_no}"
+        """The attempt's id, as it travels with the message so that provider events can name it.
+
+        Letters, digits and a dash: fit for an SES tag and the local part of a return path.
+        """
+        return f"{self.id.hex}-{self.lease_no}"
 
     @property
     def message_id(self) -> str:
@@ -64,3 +69,34 @@ class Message:
     @property
     def open_recipients(self) -> tuple[Recipient, ...]:
         return tuple(recipient for recipient in self.recipients if recipient.open)
+
+
+_ATTEMPT = re.compile(r"([0-9a-f]{32})-([1-9][0-9]{0,8})")
+
+
+def parse_attempt(text: str) -> tuple[UUID, int] | None:
+    """The message's id and the number of the lease that `Message.attempt` names; None for anything else."""
+    match = _ATTEMPT.fullmatch(text.lower())
+    return (UUID(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A message that has been validated and not yet been accepted. `lane` is the number of its priority."""
+
+    user_id: int
+    lane: int
+    sender: Mailbox
+    reply_to: Mailbox | None
+    subject: str
+    headers: dict[str, str]
+    tags: list[str]
+    metadata: dict[str, Any]
+    html: str | None
+    text: str | None
+    recipients: list[tuple[Kind, Mailbox]]
+    idempotency_key: str | None
+    body_hash: bytes
+    on_uncertain: Literal["resend", "hold"] = "resend"
+    content_id: UUID | None = None
+    """Drafts of one request that share their bodies carry the same id; these are then stored once."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import zip_longest
 from typing import Any
 from uuid import UUID
 
@@ -20,8 +21,9 @@ import msgspec
 
 from .db import UNAVAILABLE, UNSTORABLE, Connection, Pool
 from .errors import DatabaseUnavailable, IdempotencyKeyReused, IntakeFull, NeoforgeError, OutcomeUnknown
-from .lifecycle import Backoff, Decision
-from .message import Kind, Mailbox, Message, Recipient
+from .inbound import Event
+from .lifecycle import Backoff, Decision, implied, suppresses
+from .message import Draft, Kind, Mailbox, Message, Recipient, parse_attempt
 
 FLUSH_MOST = 500
 CAPACITY = 10_000
@@ -42,27 +44,6 @@ def uuid7(milliseconds: int, sequence: int | None = None) -> UUID:
 def created_at(email_id: UUID) -> datetime:
     """When a message was accepted, to the millisecond: its id's own time stamp, which names its partition."""
     return EPOCH + timedelta(milliseconds=email_id.int >> 80)
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A message that has been validated and not yet been accepted. `lane` is the number of its priority."""
-
-    user_id: int
-    lane: int
-    sender: Mailbox
-    reply_to: Mailbox | None
-    subject: str
-    headers: dict[str, str]
-    tags: list[str]
-    metadata: dict[str, Any]
-    html: str | None
-    text: str | None
-    recipients: list[tuple[Kind, Mailbox]]
-    idempotency_key: str | None
-    body_hash: bytes
-    content_id: UUID | None = None
-    """Drafts of one request that share their bodies carry the same id; these are then stored once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +195,7 @@ class Intake:
             [None if draft.content_id else draft.html for draft in drafts],
             [None if draft.content_id else draft.text for draft in drafts],
             [draft.content_id for draft in drafts],
+            [draft.on_uncertain for draft in drafts],
             [draft.idempotency_key for draft in drafts],
             [draft.body_hash for draft in drafts],
             list(shared),
@@ -279,7 +261,7 @@ def _json(value: dict[str, Any]) -> str | None:
     return msgspec.json.encode(value).decode() if value else None
 
 
-ACCEPT = "select accept(" + ", ".join(f"${number}" for number in range(1, 29)) + ")"
+ACCEPT = "select accept(" + ", ".join(f"${number}" for number in range(1, 30)) + ")"
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +291,14 @@ async def claim(pool: Pool, owner: str, limit: int, lease: timedelta, turn: Turn
     rows = await pool.fetch("select * from claim($1, $2, $3, $4)", owner, limit, lease, turn.after)
     if rows:
         turn.after = rows[0]["turn"]
-    return [_claim(row) for row in rows]
+    claims = []
+    for row in rows:
+        try:
+            claims.append(_claim(row))
+        except (ValueError, TypeError, msgspec.DecodeError) as error:  # it would be claimed, and fail, for ever
+            reason = f"it cannot be read: {type(error).__name__}"
+            await pool.execute("select hold($1, $2, $3)", [row["id"]], [row["lease_no"]], reason)
+    return claims
 
 
 def _claim(row: Any) -> Claim:
@@ -346,13 +335,23 @@ def _claim(row: Any) -> Claim:
     return Claim(message, row["lane"], row["tries"], row["suspect"], suppressed)
 
 
-async def attempt(pool: Pool, messages: Sequence[Message], call_time: timedelta) -> set[UUID]:
-    """Write down that these messages may be sent now. Only those returned may be: their lease outlasts `call_time`."""
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A message that is about to be handed to `provider`, whose call takes `call_time` at most."""
+
+    message: Message
+    provider: str
+    call_time: timedelta
+
+
+async def attempt(pool: Pool, attempts: Sequence[Attempt]) -> set[UUID]:
+    """Write down that these messages may be sent now. Only those returned may be: their lease outlasts their call."""
     rows = await pool.fetch(
-        "select attempt($1, $2, $3) as id",
-        [message.id for message in messages],
-        [message.lease_no for message in messages],
-        call_time,
+        "select attempt($1, $2, $3, $4) as id",
+        [item.message.id for item in attempts],
+        [item.message.lease_no for item in attempts],
+        [item.call_time for item in attempts],
+        [item.provider for item in attempts],
     )
     return {row["id"] for row in rows}
 
@@ -382,25 +381,30 @@ async def release(pool: Pool, messages: Sequence[Message], delay: timedelta) -> 
 class Completion:
     """A message with what is to be recorded: the decision, and the recipients its verdicts are about, in order.
 
-    `attempted_at` is None where no attempt was needed.
+    `attempted_at` and `provider` are None where no attempt was needed. `provider_message_ids` are the provider's own ids of
+    what it took, one a recipient in the same order, as far as it gives any.
     """
 
     message: Message
     decision: Decision
     recipients: tuple[Recipient, ...]
     attempted_at: datetime | None
+    provider: str | None
+    provider_message_ids: tuple[str | None, ...] = ()
 
 
-async def complete(pool: Pool, completions: Sequence[Completion], provider: str) -> tuple[set[UUID], set[UUID]]:
+async def complete(pool: Pool, completions: Sequence[Completion]) -> tuple[set[UUID], set[UUID]]:
     """Record a batch of outcomes and commit.
 
     Returns the messages whose state changed (the others' lease had been lost; their outcome is an event all the same),
     and those that turned out to have been taken twice.
     """
     rows = [
-        (item, recipient, verdict)
+        (item, recipient, verdict, provider_message_id)
         for item in completions
-        for recipient, verdict in zip(item.recipients, item.decision.recipients, strict=True)
+        for recipient, verdict, provider_message_id in zip_longest(
+            item.recipients, item.decision.recipients, item.provider_message_ids
+        )
     ]
     [row] = await pool.fetch(
         COMPLETE,
@@ -409,31 +413,73 @@ async def complete(pool: Pool, completions: Sequence[Completion], provider: str)
         [item.decision.state and item.decision.state.value for item in completions],
         [item.decision.delay.total_seconds() for item in completions],
         [item.decision.tries for item in completions],
-        [item.message.id for item, _, _ in rows],
-        [recipient.id for _, recipient, _ in rows],
-        [item.message.created_at for item, _, _ in rows],
-        [item.message.user_id for item, _, _ in rows],
-        [item.message.lease_no if item.attempted_at else None for item, _, _ in rows],
-        [verdict.status.value for _, _, verdict in rows],
-        [verdict.event.value for _, _, verdict in rows],
-        [verdict.response for _, _, verdict in rows],
-        [item.attempted_at for item, _, _ in rows],
-        provider,
+        [item.message.id for item, _, _, _ in rows],
+        [recipient.id for _, recipient, _, _ in rows],
+        [item.message.created_at for item, _, _, _ in rows],
+        [item.message.user_id for item, _, _, _ in rows],
+        [item.message.lease_no if item.attempted_at else None for item, _, _, _ in rows],
+        [verdict.status.value for _, _, verdict, _ in rows],
+        [verdict.event.value for _, _, verdict, _ in rows],
+        [verdict.response for _, _, verdict, _ in rows],
+        [item.attempted_at for item, _, _, _ in rows],
+        [item.provider for item, _, _, _ in rows],
+        [provider_message_id for _, _, _, provider_message_id in rows],
     )
     return set(row["won"]), set(row["twice"])
 
 
-COMPLETE = "select * from complete($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
+COMPLETE = "select * from complete($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)"
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Of each provider event whether its message was found, and the messages that turned out to have been taken twice."""
+
+    matched: list[bool]
+    twice: set[UUID]
+
+
+async def record_events(connection: Connection, events: Sequence[Event]) -> Recorded:
+    """Keep what providers report and let the recipients' statuses follow, in the caller's transaction.
+
+    An event that carries an attempt settles an uncertain message; one whose message is not found may come too early.
+    """
+    attempts = [parse_attempt(event.attempt) if event.attempt else None for event in events]
+    row = await connection.fetchrow(
+        RECORD_EVENTS,
+        [event.provider for event in events],
+        [event.event_id for event in events],
+        [event.type.value for event in events],
+        [implied(event.type).value for event in events],
+        [event.occurred_at for event in events],
+        [event.recipient for event in events],
+        [attempt and attempt[0] for attempt in attempts],
+        [attempt and attempt[1] for attempt in attempts],
+        [event.provider_message_id for event in events],
+        [suppresses(event.type, event.permanent) for event in events],
+        [event.response for event in events],
+        [_json(event.detail) for event in events],
+    )
+    assert row is not None
+    return Recorded(list(row["matched"] or ()), set(row["twice"]))
+
+
+RECORD_EVENTS = "select * from record_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+
+MAX_LAPSES = 10
+"""Leases of a message that may run out before any attempt, one after the other, until it is held: it may be what kills."""
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """How many messages a sweep moved: `lapsed` leases given back, `uncertain` attempts found, `promoted`, `resent`."""
+    """How many messages a sweep moved: `lapsed` leases given back, `uncertain` attempts found, `promoted` and `resent` to the
+    queue, `held` for an operator."""
 
     lapsed: int
     uncertain: int
     promoted: int
     resent: int
+    held: int
 
     @property
     def due(self) -> bool:
@@ -441,15 +487,25 @@ class Swept:
         return bool(self.lapsed or self.promoted or self.resent)
 
 
-async def sweep(pool: Pool, backoff: Backoff, *, owner: str | None = None, most: int = 5000) -> Swept:
+async def sweep(
+    pool: Pool, backoff: Backoff, reporting: Sequence[str], *, owner: str | None = None, most: int = 5000
+) -> Swept:
     """Move on what waits for time alone. `owner` also gives up the leases of an instance that has started again.
 
-    An uncertain message that was lost more often than `max_retries` is not sent again: it waits for an operator.
+    `reporting` are the providers whose events may settle an attempt. An uncertain message whose policy is `hold`, or that was
+    lost more often than `max_retries`, is not sent again: it waits for an operator.
     """
     [row] = await pool.fetch(
-        "select * from sweep($1, $2, $3, $4)", owner, backoff.uncertain_wait, backoff.max_retries, most
+        "select * from sweep($1, $2, $3, $4, $5, $6, $7)",
+        owner,
+        list(reporting),
+        backoff.wait_for_event(True),
+        backoff.wait_for_event(False),
+        backoff.max_retries,
+        MAX_LAPSES,
+        most,
     )
-    return Swept(row["lapsed"], row["uncertain"], row["promoted"], row["resent"])
+    return Swept(row["lapsed"], row["uncertain"], row["promoted"], row["resent"], row["held"])
 
 
 async def expire(pool: Pool, *, most: int = 5000) -> int:

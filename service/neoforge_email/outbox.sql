@@ -2,12 +2,17 @@
 -- the schema's migrations, as neoforge_migrator. Version N-1 of the service runs beside version N: a function whose
 -- arguments or meaning change gets a new name, and the old one stays for one version.
 
+-- When a message was accepted: its id's own time stamp (RFC 9562, 5.7), which names its partition.
+create or replace function accepted_at(p_id uuid) returns timestamptz language sql immutable parallel safe as $$
+    select to_timestamp(('x' || substr(replace(p_id::text, '-', ''), 1, 12))::bit(48)::bigint / 1000.0)
+$$;
+
 -- Accept: everything of one flush in one transaction. Index: the primary keys alone.
 create or replace function accept(
     p_at timestamptz, p_expire_after interval,
     p_id uuid[], p_user int[], p_lane smallint[], p_sender text[], p_sender_name text[], p_reply_to text[],
     p_reply_to_name text[], p_subject text[], p_headers jsonb[], p_tags text[], p_metadata jsonb[], p_html text[],
-    p_text text[], p_content uuid[], p_key text[], p_hash bytea[],
+    p_text text[], p_content uuid[], p_on_uncertain text[], p_key text[], p_hash bytea[],
     p_content_id uuid[], p_content_user int[], p_content_html text[], p_content_text text[],
     p_email uuid[], p_recipient_id uuid[], p_recipient_user int[], p_kind text[], p_recipient text[], p_recipient_name text[]
 ) returns uuid[] language plpgsql security definer set search_path = public, pg_temp as $$
@@ -52,9 +57,9 @@ begin
         u(id, email, usr, kind, recipient, name)
     where u.email <> all(v_lost);
 
-    insert into email_queue (id, created_at, due, expires_at, since, user_id, lane)
-    select u.id, p_at, v_now, v_now + p_expire_after, v_now, u.usr, u.lane
-    from unnest(p_id, p_user, p_lane) u(id, usr, lane)
+    insert into email_queue (id, created_at, due, expires_at, since, user_id, lane, on_uncertain)
+    select u.id, p_at, v_now, v_now + p_expire_after, v_now, u.usr, u.lane, u.on_uncertain::uncertain_policy
+    from unnest(p_id, p_user, p_lane, p_on_uncertain) u(id, usr, lane, on_uncertain)
     where u.id <> all(v_lost);
 
     return v_lost;
@@ -179,11 +184,11 @@ end $$;
 
 -- Attempt: write down, before the provider call, that these leased messages may be sent now. Only those that come back
 -- may be: the others' lease is lost or would not outlast the call. Index: email_queue_pkey.
-create or replace function attempt(p_id uuid[], p_lease_no int[], p_call_time interval) returns setof uuid
-    language sql as $$
-    update email_queue q set attempt_at = clock()
-    from unnest(p_id, p_lease_no) u(id, lease_no)
-    where q.id = u.id and q.lease_no = u.lease_no and q.state = 'leased' and q.lease_until > clock() + p_call_time
+create or replace function attempt(p_id uuid[], p_lease_no int[], p_call_time interval[], p_provider text[])
+    returns setof uuid language sql as $$
+    update email_queue q set attempt_at = clock(), attempt_provider = u.provider, lapses = 0
+    from unnest(p_id, p_lease_no, p_call_time, p_provider) u(id, lease_no, call_time, provider)
+    where q.id = u.id and q.lease_no = u.lease_no and q.state = 'leased' and q.lease_until > clock() + u.call_time
     returning q.id
 $$;
 
@@ -207,13 +212,76 @@ create or replace function release(p_id uuid[], p_lease_no int[], p_delay interv
     returning q.id
 $$;
 
+-- An event about each recipient of these messages that is still open. Index: email_tracking_pkey.
+create or replace function tell(p_id uuid[], p_type text, p_response text[]) returns void language sql as $$
+    insert into email_events (arrived_at, occurred_at, email_id, tracking_id, user_id, type, response)
+    select clock(), clock(), t.email_id, t.id, t.user_id, p_type::event_type, u.response
+    from unnest(p_id, p_response) u(id, response)
+    join email_tracking t on t.email_id = u.id and t.created_at = accepted_at(u.id)
+    where t.status in ('queued', 'deferred', 'uncertain')
+$$;
+
+-- Hold: leave messages to an operator that this worker cannot even begin with, and say so. Index: email_queue_pkey.
+create or replace function hold(p_id uuid[], p_lease_no int[], p_reason text) returns setof uuid language plpgsql as $$
+declare
+    v_held uuid[];
+begin
+    with held as (
+        update email_queue q
+        set state = 'held', since = clock(), held_reason = p_reason, lease_until = null, owner = null
+        from unnest(p_id, p_lease_no) u(id, lease_no)
+        where q.id = u.id and q.lease_no = u.lease_no and q.state = 'leased' and q.attempt_at is null
+        returning q.id
+    )
+    select array_agg(id) into v_held from held;
+    perform tell(v_held, 'held', array_fill(p_reason, array[coalesce(cardinality(v_held), 0)]));
+    return query select unnest(v_held);
+end $$;
+
+-- Resend: an operator lets uncertain and held messages be sent (again). Index: email_queue_pkey.
+create or replace function resend(p_id uuid[]) returns setof uuid language plpgsql as $$
+declare
+    v_freed uuid[];
+begin
+    with freed as (
+        update email_queue q
+        set state = 'queued', since = clock(), due = clock(), expires_at = greatest(q.expires_at, clock() + interval '1 hour'),
+            tries = 0, lapses = 0, held_reason = null, attempt_at = null
+        where q.id = any(p_id) and q.state in ('uncertain', 'held')
+        returning q.id
+    )
+    select array_agg(id) into v_freed from freed;
+    perform tell(v_freed, 'released', array_fill('an operator had it sent'::text, array[coalesce(cardinality(v_freed), 0)]));
+    return query select unnest(v_freed);
+end $$;
+
+-- Confirm: an operator knows that these messages arrived; only where an attempt may have been taken. Indexes:
+-- email_queue_pkey, email_tracking_pkey.
+create or replace function confirm(p_id uuid[]) returns setof uuid language plpgsql as $$
+declare
+    v_known uuid[];
+begin
+    with known as (
+        delete from email_queue q
+        where q.id = any(p_id) and q.state in ('uncertain', 'held') and exists (
+            select from email_events e where e.email_id = q.id and e.type = 'uncertain')
+        returning q.id
+    )
+    select array_agg(id) into v_known from known;
+    perform tell(v_known, 'released', array_fill('an operator confirmed that it arrived'::text, array[coalesce(cardinality(v_known), 0)]));
+    update email_tracking t set status = 'sent', updated_at = clock()
+    from unnest(v_known) u(id)
+    where t.email_id = u.id and t.created_at = accepted_at(u.id) and t.status in ('queued', 'deferred', 'uncertain');
+    return query select unnest(v_known);
+end $$;
+
 -- Complete: what became of a batch of attempts. The message's state is fenced by its lease; the attempt's own outcome is
 -- recorded however late it comes, and a late "taken" cancels a resend that has not begun. Returns the messages whose
 -- state was changed, and those that were taken a second time. Indexes: email_queue_pkey, email_tracking_pkey.
 create or replace function complete(
     p_id uuid[], p_lease_no int[], p_state text[], p_delay_seconds double precision[], p_tries smallint[],
     p_email uuid[], p_recipient_id uuid[], p_created timestamptz[], p_user int[], p_attempt int[], p_status text[],
-    p_event text[], p_response text[], p_started timestamptz[], p_provider text,
+    p_event text[], p_response text[], p_started timestamptz[], p_provider text[], p_message_id text[],
     out won uuid[], out twice uuid[]
 ) language plpgsql as $$
 declare
@@ -239,23 +307,33 @@ begin
 
     with changed as (
         update email_tracking t
-        set status = u.status::recipient_status, updated_at = v_now, response = u.response, provider = p_provider
-        from unnest(p_email, p_recipient_id, p_created, p_status, p_response) u(email, id, created, status, response)
+        set status = u.status::recipient_status, updated_at = v_now, response = u.response, provider = u.provider
+        from unnest(p_email, p_recipient_id, p_created, p_status, p_response, p_provider)
+            u(email, id, created, status, response, provider)
         where t.email_id = u.email and t.id = u.id and t.created_at = u.created
-            and t.status in ('queued', 'deferred', 'uncertain')
-            and (u.email = any(won) or u.status = 'sent')
+            and (t.status in ('queued', 'deferred', 'uncertain') and u.email = any(won)
+                or t.status < 'sent' and u.status = 'sent')
         returning t.id
     )
     select coalesce(array_agg(id), '{}') into v_changed from changed;
 
     insert into email_events (arrived_at, occurred_at, started_at, email_id, tracking_id, user_id, attempt, type, provider,
         response)
-    select v_now, v_now, u.started, u.email, u.id, u.usr, u.attempt, u.event::event_type, p_provider, u.response
-    from unnest(p_email, p_recipient_id, p_user, p_attempt, p_event, p_response, p_started)
-        u(email, id, usr, attempt, event, response, started)
+    select v_now, v_now, u.started, u.email, u.id, u.usr, u.attempt, u.event::event_type, u.provider, u.response
+    from unnest(p_email, p_recipient_id, p_user, p_attempt, p_event, p_response, p_started, p_provider)
+        u(email, id, usr, attempt, event, response, started, provider)
     where u.email = any(won) or not exists ( -- a repeated call after a lost connection tells it once
         select from email_events e
         where e.email_id = u.email and e.tracking_id = u.id and e.attempt = u.attempt and e.type = u.event::event_type);
+
+    if exists (select from unnest(p_message_id) m where m is not null) then
+        insert into provider_message_ids (provider, message_id, email_id, email_created_at, user_id, attempt, created_at)
+        select distinct on (u.provider, u.message_id, u.email) u.provider, u.message_id, u.email, u.created, u.usr, u.attempt, v_now
+        from unnest(p_email, p_created, p_user, p_attempt, p_provider, p_message_id)
+            u(email, created, usr, attempt, provider, message_id)
+        where u.message_id is not null
+        on conflict do nothing;
+    end if;
 
     twice := '{}';
     if cardinality(won) < cardinality(p_id) or cardinality(v_changed) < cardinality(p_recipient_id) then
@@ -263,14 +341,11 @@ begin
         with again as (
             insert into email_events (arrived_at, occurred_at, started_at, email_id, tracking_id, user_id, attempt, type,
                 provider, response)
-            select v_now, v_now, u.started, u.email, u.id, u.usr, u.attempt, 'duplicate', p_provider,
+            select v_now, v_now, u.started, u.email, u.id, u.usr, u.attempt, 'duplicate', u.provider,
                 'taken by more than one attempt'
-            from unnest(p_email, p_recipient_id, p_created, p_user, p_attempt, p_status, p_started)
-                u(email, id, created, usr, attempt, status, started)
-            join email_tracking t on t.email_id = u.email and t.id = u.id and t.created_at = u.created
-            where u.status = 'sent' and u.id <> all(v_changed) and exists (
-                select from email_events e
-                where e.email_id = u.email and e.tracking_id = u.id and e.type = 'sent' and e.attempt <> u.attempt)
+            from unnest(p_email, p_recipient_id, p_user, p_attempt, p_status, p_started, p_provider)
+                u(email, id, usr, attempt, status, started, provider)
+            where u.status = 'sent' and u.id <> all(v_changed) and taken_by_another(u.email, u.id, u.attempt)
             returning email_id
         )
         select coalesce(array_agg(distinct email_id), '{}') into twice from again;
@@ -284,15 +359,122 @@ begin
     end if;
 end $$;
 
+-- Whether there is proof that another attempt at this recipient was taken: our own outcome or any event of a provider. It
+-- is told once.
+create or replace function taken_by_another(p_email uuid, p_recipient_id uuid, p_attempt int) returns boolean
+    language sql stable as $$
+    select exists (
+        select from email_events e
+        where e.email_id = p_email and e.tracking_id = p_recipient_id and e.attempt <> p_attempt
+            and (e.type = 'sent' or e.event_id is not null))
+    and not exists (
+        select from email_events e
+        where e.email_id = p_email and e.tracking_id = p_recipient_id and e.type = 'duplicate')
+$$;
+
+-- Record events of providers: each is kept, a recipient's status follows by rank, an uncertain message is settled when
+-- nothing of it is open any more, an address that is dead or complained is suppressed, and a recipient that two attempts
+-- were taken for is marked. `matched` says of each event whether its message was found, `twice` names the messages marked.
+-- A message is named by p_email (from an attempt) or by the provider's own id. The queue rows are locked first: claim,
+-- complete and this see one another. Indexes: email_queue_pkey, email_tracking_pkey, provider_message_ids_pkey.
+create or replace function record_events(
+    p_provider text[], p_event_id text[], p_type text[], p_status text[], p_occurred timestamptz[], p_recipient text[],
+    p_email uuid[], p_attempt int[], p_message_id text[], p_suppress boolean[], p_response text[], p_detail jsonb[],
+    out matched boolean[], out twice uuid[]
+) language plpgsql as $$
+declare
+    v_now timestamptz := clock();
+    v_email uuid[];
+    v_attempt int[];
+    v_recipient_id uuid[];
+    v_user int[];
+begin
+    -- the message and the recipient of each event
+    select array_agg(f.email order by f.n), array_agg(f.attempt order by f.n), array_agg(f.tracking order by f.n),
+        array_agg(f.usr order by f.n)
+    into v_email, v_attempt, v_recipient_id, v_user
+    from (
+        select u.n, m.id as email, coalesce(u.attempt, i.attempt) as attempt, t.id as tracking, m.user_id as usr
+        from unnest(p_provider, p_recipient, p_email, p_attempt, p_message_id)
+            with ordinality u(provider, recipient, email, attempt, message_id, n)
+        left join lateral (
+            select i.email_id, i.attempt from provider_message_ids i
+            where u.email is null and i.provider = u.provider and i.message_id = u.message_id and (
+                u.recipient is null or exists (
+                    select from email_tracking t
+                    where t.email_id = i.email_id and t.created_at = i.email_created_at
+                        and lower(t.recipient) = lower(u.recipient)))
+            order by i.email_id limit 1) i on true
+        left join email_messages m on m.id = coalesce(u.email, i.email_id)
+            and m.created_at = accepted_at(coalesce(u.email, i.email_id))
+        left join lateral (
+            select t.id from email_tracking t
+            where t.email_id = m.id and t.created_at = m.created_at and (
+                lower(t.recipient) = lower(u.recipient)
+                or not exists ( -- an alias of the only recipient, or nobody named
+                    select from email_tracking o
+                    where o.email_id = m.id and o.created_at = m.created_at and o.id <> t.id))
+            order by t.id limit 1) t on true) f;
+    select array_agg(e.id is not null order by e.n) into matched from unnest(v_email) with ordinality e(id, n);
+
+    perform from email_queue q where q.id = any(v_email) order by q.id for update;
+
+    with told as (
+        insert into email_events (arrived_at, occurred_at, email_id, tracking_id, user_id, attempt, type, provider, event_id,
+            response, detail)
+        select v_now, u.occurred, u.email, u.tracking, u.usr, u.attempt, u.type::event_type, u.provider, u.event_id, u.response,
+            u.detail
+        from unnest(p_provider, p_event_id, p_type, p_occurred, p_response, p_detail, v_email, v_attempt, v_recipient_id, v_user)
+            u(provider, event_id, type, occurred, response, detail, email, attempt, tracking, usr)
+        where u.email is not null
+    ), highest as (
+        select distinct on (u.email, u.tracking) u.email, u.tracking, u.status::recipient_status as status, u.provider, u.response
+        from unnest(v_email, v_recipient_id, p_status, p_provider, p_response) u(email, tracking, status, provider, response)
+        where u.tracking is not null
+        order by u.email, u.tracking, u.status::recipient_status desc
+    )
+    update email_tracking t
+    set status = h.status, updated_at = v_now, provider = h.provider, response = coalesce(h.response, t.response)
+    from highest h
+    where t.email_id = h.email and t.id = h.tracking and t.created_at = accepted_at(h.email) and t.status < h.status;
+
+    insert into suppressions (user_id, address, reason, created_at)
+    select distinct on (u.usr, lower(t.recipient)) u.usr, lower(t.recipient), u.type, v_now
+    from unnest(v_email, v_recipient_id, v_user, p_type, p_suppress) u(email, tracking, usr, type, suppress)
+    join email_tracking t on t.email_id = u.email and t.id = u.tracking and t.created_at = accepted_at(u.email)
+    where u.suppress
+    on conflict do nothing;
+
+    with again as (
+        insert into email_events (arrived_at, occurred_at, email_id, tracking_id, user_id, attempt, type, provider, response)
+        select distinct on (u.email, u.tracking) v_now, v_now, u.email, u.tracking, u.usr, u.attempt, 'duplicate'::event_type,
+            u.provider, 'taken by more than one attempt'
+        from unnest(v_email, v_recipient_id, v_user, v_attempt, p_provider) u(email, tracking, usr, attempt, provider)
+        where u.tracking is not null and u.attempt is not null and taken_by_another(u.email, u.tracking, u.attempt)
+        returning email_id
+    )
+    select coalesce(array_agg(distinct email_id), '{}') into twice from again;
+
+    -- a lease whose attempt is open is left: what is on its way answers for itself
+    delete from email_queue q
+    where q.id = any(v_email) and (q.state <> 'leased' or q.attempt_at is null) and not exists (
+        select from email_tracking t
+        where t.email_id = q.id and t.created_at = q.created_at and t.status in ('queued', 'deferred', 'uncertain'));
+end $$;
+
 -- Sweep: move on what waits for time alone. Leases that ran out (and with p_owner its own, for an instance that starts
 -- again) go back to the queue, or are uncertain where an attempt was open, whose event is written before a new lease
--- overwrites it. Scheduled messages that are due are queued, uncertain ones by their policy and at most p_max_retries times. Indexes: email_queue_leased,
--- email_queue_waiting.
-create or replace function sweep(p_owner text, p_uncertain_wait interval, p_max_retries int, p_most int,
-    out lapsed int, out uncertain int, out promoted int, out resent int) language plpgsql as $$
+-- overwrites it. Scheduled messages that are due are queued, uncertain ones by their policy and at most p_max_retries
+-- times; the others, and what was lost p_max_lapses times before its attempt, wait for an operator. p_reporting are the
+-- providers whose events may settle an attempt within p_wait. Indexes: email_queue_leased, email_queue_waiting.
+create or replace function sweep(p_owner text, p_reporting text[], p_wait interval, p_other_wait interval,
+    p_max_retries int, p_max_lapses int, p_most int,
+    out lapsed int, out uncertain int, out promoted int, out resent int, out held int) language plpgsql as $$
 #variable_conflict use_column
 declare
     v_now timestamptz := clock();
+    v_held uuid[];
+    v_reasons text[];
 begin
     with ripe as (
         select q.id from email_queue q
@@ -300,40 +482,57 @@ begin
         order by q.lease_until limit p_most for update skip locked
     ), unsure as (
         update email_queue q
-        set state = 'uncertain', since = v_now, due = v_now + p_uncertain_wait, lease_until = null, owner = null,
-            suspect = true, tries = q.tries + 1
+        set state = 'uncertain', since = v_now,
+            due = v_now + case when q.attempt_provider = any(p_reporting) then p_wait else p_other_wait end,
+            lease_until = null, owner = null, suspect = true, tries = q.tries + 1
         from ripe where q.id = ripe.id and q.attempt_at is not null
-        returning q.id, q.created_at, q.user_id, q.lease_no, q.attempt_at
+        returning q.id, q.created_at, q.user_id, q.lease_no, q.attempt_at, q.attempt_provider
     ), marked as (
         update email_tracking t set status = 'uncertain', updated_at = v_now
         from unsure u
         where t.email_id = u.id and t.created_at = u.created_at and t.status in ('queued', 'deferred', 'uncertain')
         returning t.email_id, t.id
     ), told as (
-        insert into email_events (arrived_at, occurred_at, started_at, email_id, tracking_id, user_id, attempt, type, response)
-        select v_now, v_now, u.attempt_at, u.id, m.id, u.user_id, u.lease_no, 'uncertain',
+        insert into email_events (arrived_at, occurred_at, started_at, email_id, tracking_id, user_id, attempt, type, provider,
+            response)
+        select v_now, v_now, u.attempt_at, u.id, m.id, u.user_id, u.lease_no, 'uncertain', u.attempt_provider,
             'the worker was lost during this attempt'
         from unsure u join marked m on m.email_id = u.id
     ), back as (
         update email_queue q
-        set state = 'queued', since = v_now, lease_until = null, owner = null
+        set state = case when q.lapses < p_max_lapses then 'queued' else 'held' end::queue_state, since = v_now,
+            held_reason = case when q.lapses >= p_max_lapses then 'workers were lost again and again while they held it' end,
+            lapses = q.lapses + 1, lease_until = null, owner = null
         from ripe where q.id = ripe.id and q.attempt_at is null
-        returning q.id
+        returning q.id, q.held_reason
     )
-    select (select count(*) from back), (select count(*) from unsure) into lapsed, uncertain;
+    select count(*) filter (where b.held_reason is null), array_agg(b.id) filter (where b.held_reason is not null),
+        array_agg(b.held_reason) filter (where b.held_reason is not null), (select count(*) from unsure)
+    from back b into lapsed, v_held, v_reasons, uncertain;
+    perform tell(v_held, 'held', v_reasons);
+    held := coalesce(cardinality(v_held), 0);
 
     with ripe as (
-        select q.id from email_queue q
+        select q.id, q.state, case
+            when q.state = 'uncertain' and q.on_uncertain = 'hold'
+                then 'it is not known whether it was sent, and its policy is to hold'
+            when q.state = 'uncertain' and q.tries > p_max_retries then 'no attempt got an answer'
+            end as reason
+        from email_queue q
         where q.state in ('scheduled', 'uncertain') and q.due <= v_now
-            and not (q.state = 'uncertain' and (q.on_uncertain = 'hold' or q.tries > p_max_retries))
         order by q.due limit p_most for update skip locked
     ), moved as (
-        update email_queue q set state = 'queued', since = v_now, attempt_at = null
-        from ripe join email_queue o on o.id = ripe.id where q.id = ripe.id
-        returning o.state
+        update email_queue q
+        set state = case when r.reason is null then 'queued' else 'held' end::queue_state, since = v_now,
+            held_reason = r.reason, attempt_at = null
+        from ripe r where q.id = r.id
+        returning q.id, r.state, r.reason
     )
-    select count(*) filter (where state = 'scheduled'), count(*) filter (where state = 'uncertain') from moved
-    into promoted, resent;
+    select count(*) filter (where m.state = 'scheduled'), count(*) filter (where m.state = 'uncertain' and m.reason is null),
+        array_agg(m.id) filter (where m.reason is not null), array_agg(m.reason) filter (where m.reason is not null)
+    from moved m into promoted, resent, v_held, v_reasons;
+    perform tell(v_held, 'held', v_reasons);
+    held := held + coalesce(cardinality(v_held), 0);
 end $$;
 
 -- Expire: end what could not be sent in time. A scan of the whole queue, for a cron. Uncertain messages do not expire.
@@ -379,8 +578,8 @@ begin
         execute format('revoke execute on function %I from public', name);
         execute format('grant execute on function %I to neoforge_api, neoforge_migrator', name);
     end loop;
-    foreach name in array array['due_users', 'claim', 'attempt', 'renew', 'release', 'complete', 'sweep', 'expire',
-            'forget_idempotency_keys'] loop
+    foreach name in array array['due_users', 'claim', 'attempt', 'renew', 'release', 'hold', 'resend',
+            'confirm', 'tell', 'accepted_at', 'complete', 'record_events', 'taken_by_another', 'sweep', 'expire', 'forget_idempotency_keys'] loop
         execute format('revoke execute on function %I from public', name);
         execute format('grant execute on function %I to neoforge_worker', name);
     end loop;

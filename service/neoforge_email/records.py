@@ -40,7 +40,10 @@ class Entry(msgspec.Struct, kw_only=True):
 
 
 class Email(msgspec.Struct, kw_only=True):
-    """A message. `state` is where it stands in the queue, or `done`; `due` is when it is next taken up."""
+    """A message. `state` is where it stands in the queue, or `done`; `due` is when it is next taken up.
+
+    A `held` one waits for an operator, who is told by `held_reason` why.
+    """
 
     id: UUID
     created_at: datetime
@@ -51,17 +54,20 @@ class Email(msgspec.Struct, kw_only=True):
     tags: list[str]
     metadata: dict[str, Any]
     headers: dict[str, str]
-    state: Literal["scheduled", "queued", "leased", "uncertain", "done"]
+    state: Literal["scheduled", "queued", "leased", "uncertain", "held", "done"]
     due: datetime | None
+    held_reason: str | None
     recipients: list[Recipient]
     timeline: list[Entry]
 
+
+WITHOUT_DUE = {QueueState.LEASED, QueueState.HELD}
 
 # Indexes: the primary keys, in the one partition that the id's own time names; idx_email_events_email_occurred.
 _MESSAGE = """
 select m.id, m.created_at, m.lane, m.sender, m.sender_name, m.reply_to, m.reply_to_name, m.subject, m.tags,
     m.headers::text as headers, m.metadata::text as metadata,
-    q.state::text as state, q.due, q.lease_no, q.attempt_at
+    q.state::text as state, q.due, q.lease_no, q.attempt_at, q.attempt_provider, q.held_reason
 from email_messages m left join email_queue q on q.id = m.id
 where m.id = $1 and m.created_at = $2
 """
@@ -98,7 +104,8 @@ async def get_email(pool: Pool, user_id: int, email_id: UUID, lanes: Mapping[str
         metadata=msgspec.json.decode(message["metadata"] or "{}"),
         headers=msgspec.json.decode(message["headers"] or "{}"),
         state=message["state"] or "done",
-        due=message["due"] if message["state"] and message["state"] != QueueState.LEASED else None,
+        due=message["due"] if message["state"] and message["state"] not in WITHOUT_DUE else None,
+        held_reason=message["held_reason"],
         recipients=[
             Recipient(
                 recipient=row["recipient"],
@@ -119,7 +126,7 @@ def _timeline(message: asyncpg.Record, recipients: Mapping[UUID, str], events: l
     entries = [Entry(at=message["created_at"], type="accepted")]
     began = {(row["started_at"], row["attempt"]): row["provider"] for row in events if row["started_at"]}
     if message["attempt_at"]:
-        began.setdefault((message["attempt_at"], message["lease_no"]), None)
+        began.setdefault((message["attempt_at"], message["lease_no"]), message["attempt_provider"])
     entries += [
         Entry(at=at, type="attempt", attempt=number, provider=provider) for (at, number), provider in began.items()
     ]

@@ -17,8 +17,8 @@ import pytest
 
 from neoforge_email import db
 from neoforge_email.delivery import Delivery
-from neoforge_email.message import Kind, Mailbox, Message, Recipient
-from neoforge_email.outbox import Draft, Intake
+from neoforge_email.message import Draft, Kind, Mailbox, Message, Recipient
+from neoforge_email.outbox import Intake
 from neoforge_email.providers.base import Outcome, Result, Scope
 from neoforge_email.providers.memory import MemoryProvider
 from neoforge_email.settings import Settings

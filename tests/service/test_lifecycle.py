@@ -28,26 +28,26 @@ def result(outcome: Outcome, scope: Scope = Scope.MESSAGE) -> Result:
 
 
 def test_a_message_that_was_taken_for_all_is_done() -> None:
-    decision = decide([result(Outcome.TAKEN), result(Outcome.TAKEN)], 0, BACKOFF, 0)
+    decision = decide([result(Outcome.TAKEN), result(Outcome.TAKEN)], 0, BACKOFF, 0, reports=False)
     assert decision.state is None
     assert [verdict.status for verdict in decision.recipients] == [Status.SENT, Status.SENT]
 
 
 def test_a_refused_recipient_bounces_and_does_not_hold_up_the_others() -> None:
-    decision = decide([result(Outcome.REFUSED, Scope.RECIPIENT), result(Outcome.TAKEN)], 0, BACKOFF, 0)
+    decision = decide([result(Outcome.REFUSED, Scope.RECIPIENT), result(Outcome.TAKEN)], 0, BACKOFF, 0, reports=False)
     assert decision.state is None
     assert [verdict.status for verdict in decision.recipients] == [Status.BOUNCED, Status.SENT]
 
 
 def test_a_refused_message_fails() -> None:
-    assert decide([result(Outcome.REFUSED)], 0, BACKOFF, 0).recipients[0].status is Status.FAILED
+    assert decide([result(Outcome.REFUSED)], 0, BACKOFF, 0, reports=False).recipients[0].status is Status.FAILED
 
 
 def test_refusals_are_tried_again_later_and_later_and_then_given_up() -> None:
     delays = []
     tries = 0
     while True:
-        decision = decide([result(Outcome.DEFERRED)], tries, BACKOFF, 0)
+        decision = decide([result(Outcome.DEFERRED)], tries, BACKOFF, 0, reports=False)
         tries = decision.tries
         if decision.state is None:
             break
@@ -58,18 +58,20 @@ def test_refusals_are_tried_again_later_and_later_and_then_given_up() -> None:
 
 @pytest.mark.parametrize("tries", [0, 3, 1000])
 def test_a_lost_connection_uses_up_no_retry(tries: int) -> None:
-    decision = decide([result(Outcome.DEFERRED, Scope.CONNECTION)], tries, BACKOFF, 0)
+    decision = decide([result(Outcome.DEFERRED, Scope.CONNECTION)], tries, BACKOFF, 0, reports=False)
     assert (decision.state, decision.tries, decision.delay) == (QueueState.SCHEDULED, tries, BACKOFF.error_interval)
     assert decision.recipients[0].status is Status.DEFERRED
 
 
 def test_a_message_whose_turn_never_came_is_as_it_was() -> None:
-    decision = decide([NOT_STARTED, NOT_STARTED], 2, BACKOFF, 0)
+    decision = decide([NOT_STARTED, NOT_STARTED], 2, BACKOFF, 0, reports=False)
     assert (decision.state, decision.tries, decision.recipients) == (QueueState.QUEUED, 2, ())
 
 
 def test_an_attempt_without_an_answer_is_uncertain_even_if_another_recipient_was_refused() -> None:
-    decision = decide([result(Outcome.REFUSED, Scope.RECIPIENT), result(Outcome.UNCERTAIN)], 0, BACKOFF, 0)
+    decision = decide(
+        [result(Outcome.REFUSED, Scope.RECIPIENT), result(Outcome.UNCERTAIN)], 0, BACKOFF, 0, reports=False
+    )
     assert (decision.state, decision.tries) == (QueueState.UNCERTAIN, 1)
     assert [verdict.status for verdict in decision.recipients] == [Status.BOUNCED, Status.UNCERTAIN]
 
@@ -78,7 +80,7 @@ def test_an_attempt_without_an_answer_is_uncertain_even_if_another_recipient_was
 def test_a_message_is_done_exactly_when_nobody_is_left_to_be_addressed(
     results: list[Result], tries: int, jitter: float
 ) -> None:
-    decision = decide(results, tries, BACKOFF, jitter)
+    decision = decide(results, tries, BACKOFF, jitter, reports=False)
     assert len(decision.recipients) == len(results)
     still_open = any(verdict.status.open for verdict in decision.recipients)
     assert (decision.state is None) == (not still_open)

@@ -69,7 +69,7 @@ def test_a_message_holds_what_it_was_given() -> None:
     assert parsed["Subject"] == "Your order"
     assert parsed["Date"] == "Sun, 01 Mar 2026 12:30:15 +0000"
     assert parsed["Message-ID"] == f"<{message.id.hex}@example.com>"
-    assert parsed["X-NeoForge-Attempt"] == f"{message.id.hex}.3"
+    assert parsed["X-NeoForge-Attempt"] == f"{message.id.hex}-3"
     assert parsed["X-Campaign"] == "spring"
     assert parsed.get_content_type() == "multipart/alternative"
     assert [part.get_content_type() for part in parsed.iter_parts()] == ["text/plain", "text/html"]

@@ -17,8 +17,8 @@ from neoforge_email import db, outbox
 from neoforge_email.db import Pool
 from neoforge_email.errors import DatabaseUnavailable, IdempotencyKeyReused
 from neoforge_email.lifecycle import Backoff, Decision, EventType, QueueState, Status, Verdict
-from neoforge_email.message import Kind, Mailbox
-from neoforge_email.outbox import Accepted, Claim, Completion, Draft, Intake, Turn
+from neoforge_email.message import Draft, Kind, Mailbox
+from neoforge_email.outbox import Accepted, Attempt, Claim, Completion, Intake, Turn
 from neoforge_email.settings import Settings
 from tests.support import Database
 
@@ -51,6 +51,10 @@ def a_draft(**changes: Any) -> Draft:
         body_hash=b"",
     )
     return replace(draft, **changes)
+
+
+def attempt(claimed: Claim) -> Attempt:
+    return Attempt(claimed.message, "smtp", CALL)
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def taken(claimed: Claim) -> Completion:
     recipients = claimed.message.open_recipients
     verdict = Verdict(Status.SENT, EventType.SENT, "250 taken")
     decision = Decision(None, timedelta(), claimed.tries, (verdict,) * len(recipients))
-    return Completion(claimed.message, decision, recipients, datetime.now(UTC))
+    return Completion(claimed.message, decision, recipients, datetime.now(UTC), "smtp")
 
 
 async def statuses(superuser: db.Connection) -> list[str]:
@@ -285,8 +289,8 @@ async def test_a_completed_message_leaves_the_queue_with_a_status_and_an_event_f
 ) -> None:
     await accept(intake, a_draft())
     [claimed] = await outbox.claim(worker, "w", 10, LEASE, Turn())
-    assert await outbox.attempt(worker, [claimed.message], CALL) == {claimed.message.id}
-    won, twice = await outbox.complete(worker, [taken(claimed)], "smtp")
+    assert await outbox.attempt(worker, [attempt(claimed)]) == {claimed.message.id}
+    won, twice = await outbox.complete(worker, [taken(claimed)])
     assert (won, twice) == ({claimed.message.id}, set())
     assert await superuser.fetchval("select count(*) from email_queue") == 0
     assert await statuses(superuser) == ["sent", "sent"]
@@ -296,9 +300,9 @@ async def test_a_completed_message_leaves_the_queue_with_a_status_and_an_event_f
 async def test_no_attempt_is_allowed_on_a_lease_that_would_not_outlast_the_call(intake: Intake, worker: Pool) -> None:
     await accept(intake, a_draft())
     [claimed] = await outbox.claim(worker, "w", 10, timedelta(seconds=20), Turn())
-    assert await outbox.attempt(worker, [claimed.message], CALL) == set()
+    assert await outbox.attempt(worker, [attempt(claimed)]) == set()
     await outbox.renew(worker, [claimed.message], LEASE)
-    assert await outbox.attempt(worker, [claimed.message], CALL) == {claimed.message.id}
+    assert await outbox.attempt(worker, [attempt(claimed)]) == {claimed.message.id}
 
 
 async def test_a_lost_lease_can_no_longer_change_the_message_but_its_outcome_is_recorded(
@@ -306,9 +310,9 @@ async def test_a_lost_lease_can_no_longer_change_the_message_but_its_outcome_is_
 ) -> None:
     await accept(intake, a_draft())
     [first] = await outbox.claim(worker, "w1", 10, LEASE, Turn())
-    await outbox.attempt(worker, [first.message], CALL)
+    await outbox.attempt(worker, [attempt(first)])
     await superuser.execute("update email_queue set lease_until = now() - interval '1 second'")
-    await outbox.sweep(worker, BACKOFF)
+    await outbox.sweep(worker, BACKOFF, [])
     assert await statuses(superuser) == ["uncertain", "uncertain"]
     [second] = await outbox.claim(worker, "w2", 10, LEASE, Turn())
     assert second.suspect
@@ -316,8 +320,8 @@ async def test_a_lost_lease_can_no_longer_change_the_message_but_its_outcome_is_
     deferred = Decision(
         QueueState.SCHEDULED, timedelta(hours=1), 1, (Verdict(Status.DEFERRED, EventType.DEFERRED, "451 later"),) * 2
     )
-    late = Completion(first.message, deferred, first.message.recipients, datetime.now(UTC))
-    assert await outbox.complete(worker, [late], "smtp") == (set(), set())
+    late = Completion(first.message, deferred, first.message.recipients, datetime.now(UTC), "smtp")
+    assert await outbox.complete(worker, [late]) == (set(), set())
     assert await superuser.fetchval("select state from email_queue") == "leased"
     assert "deferred" in await events(superuser)
 
@@ -327,9 +331,9 @@ async def test_a_late_taken_cancels_a_resend_that_has_not_begun(
 ) -> None:
     await accept(intake, a_draft())
     [first] = await outbox.claim(worker, "w1", 10, LEASE, Turn())
-    await outbox.attempt(worker, [first.message], CALL)
-    await outbox.sweep(worker, BACKOFF, owner="w1")
-    assert await outbox.complete(worker, [taken(first)], "smtp") == (set(), set())
+    await outbox.attempt(worker, [attempt(first)])
+    await outbox.sweep(worker, BACKOFF, [], owner="w1")
+    assert await outbox.complete(worker, [taken(first)]) == (set(), set())
     assert await superuser.fetchval("select count(*) from email_queue") == 0
     assert await statuses(superuser) == ["sent", "sent"]
 
@@ -337,13 +341,13 @@ async def test_a_late_taken_cancels_a_resend_that_has_not_begun(
 async def test_a_message_taken_by_two_attempts_says_so(intake: Intake, worker: Pool, superuser: db.Connection) -> None:
     await accept(intake, a_draft())
     [first] = await outbox.claim(worker, "w1", 10, LEASE, Turn())
-    await outbox.attempt(worker, [first.message], CALL)
-    await outbox.sweep(worker, BACKOFF, owner="w1")
-    await outbox.sweep(worker, BACKOFF)
+    await outbox.attempt(worker, [attempt(first)])
+    await outbox.sweep(worker, BACKOFF, [], owner="w1")
+    await outbox.sweep(worker, BACKOFF, [])
     [second] = await outbox.claim(worker, "w2", 10, LEASE, Turn())
-    await outbox.attempt(worker, [second.message], CALL)
-    await outbox.complete(worker, [taken(second)], "smtp")
-    _, twice = await outbox.complete(worker, [taken(first)], "smtp")
+    await outbox.attempt(worker, [attempt(second)])
+    await outbox.complete(worker, [taken(second)])
+    _, twice = await outbox.complete(worker, [taken(first)])
     assert twice == {first.message.id}
     assert (await events(superuser)).count("duplicate") == 2
 
@@ -353,22 +357,22 @@ async def test_a_completion_that_is_repeated_after_a_lost_answer_is_told_once(
 ) -> None:
     await accept(intake, a_draft())
     [claimed] = await outbox.claim(worker, "w", 10, LEASE, Turn())
-    await outbox.attempt(worker, [claimed.message], CALL)
-    await outbox.complete(worker, [taken(claimed)], "smtp")
-    assert await outbox.complete(worker, [taken(claimed)], "smtp") == (set(), set())
+    await outbox.attempt(worker, [attempt(claimed)])
+    await outbox.complete(worker, [taken(claimed)])
+    assert await outbox.complete(worker, [taken(claimed)]) == (set(), set())
     assert await events(superuser) == ["sent", "sent"]
 
 
 async def test_a_retry_addresses_only_those_still_open(intake: Intake, worker: Pool, superuser: db.Connection) -> None:
     await accept(intake, a_draft())
     [claimed] = await outbox.claim(worker, "w", 10, LEASE, Turn())
-    await outbox.attempt(worker, [claimed.message], CALL)
+    await outbox.attempt(worker, [attempt(claimed)])
     verdicts = (Verdict(Status.SENT, EventType.SENT, "250"), Verdict(Status.DEFERRED, EventType.DEFERRED, "451"))
     decision = Decision(QueueState.SCHEDULED, timedelta(0), 1, verdicts)
     await outbox.complete(
-        worker, [Completion(claimed.message, decision, claimed.message.recipients, datetime.now(UTC))], "smtp"
+        worker, [Completion(claimed.message, decision, claimed.message.recipients, datetime.now(UTC), "smtp")]
     )
-    assert (await outbox.sweep(worker, BACKOFF)).promoted == 1
+    assert (await outbox.sweep(worker, BACKOFF, [])).promoted == 1
     [again] = await outbox.claim(worker, "w", 10, LEASE, Turn())
     assert [recipient.mailbox.address for recipient in again.message.open_recipients] == ["audit@example.com"]
     assert (again.tries, again.message.lease_no) == (1, 2)
@@ -379,7 +383,7 @@ async def test_released_messages_are_due_at_once_and_a_begun_attempt_cannot_be_r
 ) -> None:
     await accept(intake, a_draft(), a_draft())
     claims = await outbox.claim(worker, "w", 10, LEASE, Turn())
-    await outbox.attempt(worker, [claims[0].message], CALL)
+    await outbox.attempt(worker, [attempt(claims[0])])
     await outbox.release(worker, [claimed.message for claimed in claims], timedelta())
     rows = {row["id"]: row["state"] for row in await superuser.fetch("select id, state::text from email_queue")}
     assert rows == {claims[0].message.id: "leased", claims[1].message.id: "queued"}
@@ -394,13 +398,16 @@ async def test_a_message_that_is_lost_again_and_again_is_not_sent_for_ever(
     await accept(intake, a_draft())
     attempts = 0
     while claims := await outbox.claim(worker, "w", 10, LEASE, Turn()):
-        await outbox.attempt(worker, [claims[0].message], CALL)
+        await outbox.attempt(worker, [attempt(claims[0])])
         attempts += 1
-        await outbox.sweep(worker, BACKOFF, owner="w")
-        await outbox.sweep(worker, BACKOFF)
+        await outbox.sweep(worker, BACKOFF, [], owner="w")
+        await outbox.sweep(worker, BACKOFF, [])
     assert attempts == 1 + BACKOFF.max_retries
     stats = {stat.state: stat.size for stat in await outbox.queue_stats(worker)}
-    assert stats == {"scheduled": 0, "queued": 0, "leased": 0, "uncertain": 1}
+    assert stats == {"scheduled": 0, "queued": 0, "leased": 0, "uncertain": 0, "held": 1}
+    reason = await superuser.fetchval("select held_reason from email_queue")
+    assert reason == "no attempt got an answer"
+    assert await superuser.fetchval("select response from email_events where type = 'held' limit 1") == reason
 
 
 async def test_an_unsent_message_expires_with_an_event_and_an_uncertain_one_does_not(
@@ -408,8 +415,8 @@ async def test_an_unsent_message_expires_with_an_event_and_an_uncertain_one_does
 ) -> None:
     await accept(intake, a_draft(subject="late"), a_draft(subject="unsure"))
     [unsure] = [c for c in await outbox.claim(worker, "w", 10, LEASE, Turn()) if c.message.subject == "unsure"]
-    await outbox.attempt(worker, [unsure.message], CALL)
-    await outbox.sweep(worker, replace(BACKOFF, uncertain_wait=timedelta(hours=1)), owner="w")
+    await outbox.attempt(worker, [attempt(unsure)])
+    await outbox.sweep(worker, replace(BACKOFF, uncertain_wait=timedelta(hours=1)), [], owner="w")
     await superuser.execute("update email_queue set expires_at = now()")
     assert await outbox.expire(worker) == 1
     assert sorted(await statuses(superuser)) == ["expired", "expired", "uncertain", "uncertain"]

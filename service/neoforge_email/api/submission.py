@@ -12,8 +12,7 @@ import msgspec
 
 from neoforge_email.addresses import check_header, parse_mailbox
 from neoforge_email.errors import FieldError, MalformedBody, ValidationFailed
-from neoforge_email.message import Kind, Mailbox
-from neoforge_email.outbox import Draft
+from neoforge_email.message import Draft, Kind, Mailbox
 from neoforge_email.settings import Settings
 
 MAX_RECIPIENTS = 50
@@ -31,6 +30,7 @@ _LINE_BREAK = re.compile("[\x00\r\n]")
 
 Addresses = str | list[str]
 Priority = Literal["high", "normal", "low"]
+Policy = Literal["resend", "hold"]
 
 
 def _about(description: str, example: Any, **schema: Any) -> msgspec.Meta:
@@ -74,6 +74,14 @@ class EmailRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             maxProperties=MAX_METADATA_KEYS,
         ),
     ] = {}
+    on_uncertain: Annotated[
+        Policy,
+        _about(
+            "Where it stays unknown whether a provider took the message: `resend` it under the same Message-ID, or `hold` it"
+            " until an operator decides.",
+            "hold",
+        ),
+    ] = "resend"
     priority: Annotated[Priority, _about("Which queue lane the message waits in.", "high")] = "normal"
 
 
@@ -174,6 +182,7 @@ def draft(request: EmailRequest, user_id: int, idempotency_key: bytes | None, ru
         text=request.text or None,
         recipients=recipients,
         idempotency_key=idempotency_key.decode() if idempotency_key else None,
+        on_uncertain=request.on_uncertain,
         body_hash=hashlib.sha256(_encode_canonical(request)).digest() if idempotency_key else b"",
     )
 

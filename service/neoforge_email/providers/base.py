@@ -31,14 +31,24 @@ class Scope(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`response` holds the provider's words on one line of at most 500 characters."""
+    """`response` holds the provider's words on one line of at most 500 characters.
+
+    `provider_message_id` is the provider's own id of what it took; `retry_after` its word on when to come back.
+    """
 
     outcome: Outcome
     scope: Scope
     response: str
+    provider_message_id: str | None = None
+    retry_after: timedelta | None = None
 
 
 NOT_STARTED = Result(Outcome.DEFERRED, Scope.CONNECTION, "not started: the lease ends too soon or the worker stops")
+
+
+def windows(messages: Sequence[Message], size: int) -> list[list[Message]]:
+    """`Provider.calls` where a call takes any `size` messages."""
+    return [list(messages[start : start + size]) for start in range(0, len(messages), size)]
 
 
 class Connection(Protocol):
@@ -55,12 +65,19 @@ class Connection(Protocol):
 
 
 class Provider(Protocol):
-    """`window`: messages a call; `connections`: at once; `timeout`: longest wait for one message, which a lease must outlast."""
+    """`window`: most messages a call; `connections`: at once; `timeout`: longest wait for a message, which a lease must outlast.
+
+    `reports`: events that carry the attempt come back, so that one may settle what a call left open.
+    """
 
     name: str
     window: int
     connections: int
     timeout: timedelta
+    reports: bool
+
+    def calls(self, messages: Sequence[Message]) -> list[list[Message]]:
+        """Cut into what one `Connection.send` takes, in order; the attempts of a call are committed together."""
 
     def connection(self) -> AbstractAsyncContextManager[Connection]:
         """A kept connection or a new one; raises errors.ProviderUnavailable before anything was sent."""

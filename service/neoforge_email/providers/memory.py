@@ -13,7 +13,7 @@ from neoforge_email import mime
 from neoforge_email.dkim import Signer
 from neoforge_email.errors import ProviderUnavailable
 from neoforge_email.message import Message, Recipient
-from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope
+from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope, windows
 
 KEPT_MESSAGES = 10_000
 
@@ -40,6 +40,7 @@ class MemoryProvider:
     """
 
     name = "memory"
+    reports = False
 
     def __init__(
         self,
@@ -60,6 +61,9 @@ class MemoryProvider:
         self.unavailable: str | None = None
         self._signer = signer
         self._slots = asyncio.Semaphore(connections)
+
+    def calls(self, messages: Sequence[Message]) -> list[list[Message]]:
+        return windows(messages, self.window)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[MemoryProvider]:

@@ -17,7 +17,7 @@ from neoforge_email import mime
 from neoforge_email.dkim import Signer
 from neoforge_email.errors import ProviderUnavailable
 from neoforge_email.message import Message
-from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope
+from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope, windows
 from neoforge_email.providers.wire import Broken, Reply, Wire
 
 MESSAGES_PER_CONNECTION = 500
@@ -34,6 +34,7 @@ class SmtpProvider:
     """
 
     name = "smtp"
+    reports = False
 
     def __init__(
         self,
@@ -70,6 +71,9 @@ class SmtpProvider:
         self._kept: list[SmtpConnection] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
+
+    def calls(self, messages: Sequence[Message]) -> list[list[Message]]:
+        return windows(messages, self.window)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[SmtpConnection]:
