@@ -12,8 +12,9 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 import uvloop
@@ -34,6 +35,22 @@ log = structlog.get_logger()
 
 PARTITIONS_AHEAD = 3
 IDEMPOTENCY_KEYS_KEPT = timedelta(hours=24)
+
+
+class Loop(Protocol):
+    """What works in the worker's process for as long as that lives."""
+
+    async def run(self) -> None:
+        """Work until `stop`."""
+
+    def stop(self) -> None:
+        """Begin nothing more; `run` returns when what is under way is finished."""
+
+    def ring(self) -> None:
+        """There may be something to do."""
+
+    async def drained(self) -> None:
+        """Wait until nothing is left to do."""
 
 
 def __getattr__(name: str) -> Any:
@@ -95,28 +112,31 @@ async def startup(ctx: dict[str, Any]) -> None:
     logging.getLogger("arq").handlers.clear()
     ctx["pool"] = await db.create_pool(settings, settings.database_url, f"neoforge-worker {settings.instance}")
     ctx["provider"] = providers.create(settings)
-    ctx["delivery"] = delivery = Delivery(ctx["pool"], ctx["provider"], settings)
+    loops: list[Loop] = [Delivery(ctx["pool"], ctx["provider"], settings)]
     if settings.enable_metrics and settings.worker_instance:
         ctx["metrics"], _ = start_http_server(settings.metrics_port + settings.worker_instance, settings.metrics_host)
-    ctx["run"] = asyncio.create_task(delivery.run(), name="delivery")
-    ctx["run"].add_done_callback(_end_process_if_lost)
-    ctx["doorbell"] = asyncio.create_task(_listen(ctx["redis"], settings.doorbell_channel, delivery), name="doorbell")
+    ctx["loops"] = {loop: asyncio.create_task(loop.run(), name=type(loop).__name__) for loop in loops}
+    for task in ctx["loops"].values():
+        task.add_done_callback(_end_process_if_lost)
+    ctx["doorbell"] = asyncio.create_task(_listen(ctx["redis"], settings.doorbell_channel, loops), name="doorbell")
     log.info("worker.started", instance=settings.instance, provider=settings.email_provider)
     if ctx["burst"]:
-        await delivery.drained()
+        for loop in loops:
+            await loop.drained()
 
 
 async def shutdown(ctx: dict[str, Any]) -> None:
-    """Stop delivering within GRACEFUL_SHUTDOWN_TIMEOUT; what is not finished then is found by the sweep."""
-    if "run" not in ctx:
+    """Stop the loops within GRACEFUL_SHUTDOWN_TIMEOUT; what is not finished then is found by the sweep."""
+    if "loops" not in ctx:
         return
     settings: Settings = ctx["settings"]
     ctx["doorbell"].cancel()
-    ctx["run"].remove_done_callback(_end_process_if_lost)
-    ctx["delivery"].stop()
+    for loop, task in ctx["loops"].items():
+        task.remove_done_callback(_end_process_if_lost)
+        loop.stop()
     try:
         async with asyncio.timeout(settings.graceful_shutdown_timeout.total_seconds()):
-            await ctx["run"]
+            await asyncio.gather(*ctx["loops"].values())
     except TimeoutError:
         log.warning("worker.stopped_late", instance=settings.instance)
     await ctx["provider"].close()
@@ -144,21 +164,21 @@ async def forget_idempotency_keys(ctx: dict[str, Any]) -> None:
         log.info("idempotency_keys.forgotten", keys=count)
 
 
-def _end_process_if_lost(run: asyncio.Task[None]) -> None:
-    """Without its loop a worker only looks alive. End at once: the leases bring every message back."""
-    log.critical("delivery.lost", exc_info=None if run.cancelled() else run.exception())
+def _end_process_if_lost(task: asyncio.Task[None]) -> None:
+    """Without one of its loops a worker only looks alive. End at once: the leases bring everything back."""
+    log.critical("loop.lost", loop=task.get_name(), exc_info=None if task.cancelled() else task.exception())
     os._exit(70)
 
 
-async def _listen(redis: Redis, channel: str, delivery: Delivery) -> None:
-    """Hear the doorbell. While Redis cannot be heard the loop's own timer does."""
+async def _listen(redis: Redis, channel: str, loops: Sequence[Loop]) -> None:
+    """Hear the doorbell. While Redis cannot be heard the loops' own timers do."""
     while True:
         try:
             async with redis.pubsub() as pubsub:
                 await pubsub.subscribe(channel)
-                delivery.ring()
-                async for _ in pubsub.listen():
-                    delivery.ring()
+                async for _ in pubsub.listen():  # the first is that we are subscribed
+                    for loop in loops:
+                        loop.ring()
         except (RedisError, OSError) as error:
             DOORBELL_ERRORS.inc()
             log.warning("doorbell.unheard", reason=type(error).__name__)
