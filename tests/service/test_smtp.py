@@ -491,6 +491,16 @@ async def test_tls_from_the_first_octet(pki: Pki, provider: Make) -> None:
     assert all(server.encrypted)
 
 
+@pytest.mark.parametrize("octets", [70_000, 1_000_000])
+async def test_a_large_body_goes_through_tls(octets: int, pki: Pki, provider: Make) -> None:
+    async with scripted_server(offers=WITH_TLS, tls=pki.good) as server:
+        one = provider(server, use_tls=True, ca_file=pki.ca_file)
+        assert outcomes(await deliver(one, a_message(text="0123456 \n" * (octets // 9)), a_message())) == [
+            [TAKEN],
+            [TAKEN],
+        ]
+
+
 @pytest.mark.parametrize(
     ("script", "offers", "reason"),
     [

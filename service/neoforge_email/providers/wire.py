@@ -59,8 +59,9 @@ class Wire(asyncio.Protocol):
     def use(self, transport: asyncio.Transport) -> None:
         """Write to `transport` from now on: the first one, or TLS over it."""
         self._transport = transport
-        # Paused whenever anything is left unwritten, so that "not paused" means "all handed to the kernel".
-        transport.set_write_buffer_limits(high=0)
+        # Paused whenever anything is left unwritten, so that "not paused" means "all handed to the kernel". Under TLS, which
+        # pauses at the limit, not above it, a limit of 0 would pause for good.
+        transport.set_write_buffer_limits(high=0 if transport.get_extra_info("sslcontext") is None else 1)
 
     def data_received(self, data: bytes) -> None:
         if self.lost is not None:
