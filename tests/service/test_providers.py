@@ -9,6 +9,7 @@ import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -127,8 +128,7 @@ class TestSendGrid(WireContract):
                 return [Arrival(one.custom_args[ATTEMPT], frozenset(one.recipients)) for one in double.taken]
 
             async def troubled(trouble: Trouble) -> SendGridProvider:
-                fault = SENDGRID_TROUBLES[trouble]
-                double.faults.append(Fault(fault.kind, take=fault.take, seconds=fault.seconds))
+                double.faults.append(replace(SENDGRID_TROUBLES[trouble]))
                 return make(double.port, SOON)
 
             yield Target(
