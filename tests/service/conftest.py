@@ -8,6 +8,8 @@ import pytest
 
 from neoforge_email.mailbox import Store, smtp_server
 from neoforge_email.settings import Settings
+from tests.pki import Pki
+from tests.pki import make as make_pki
 from tests.support import Database, Sink
 
 
@@ -48,6 +50,12 @@ def settings(make_settings: Callable[..., Settings]) -> Settings:
 def worker_settings(make_settings: Callable[..., Settings]) -> Settings:
     """The worker's settings, on the same servers as `settings`."""
     return make_settings("worker")
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """Certificates for servers on the loopback interface."""
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 @pytest.fixture

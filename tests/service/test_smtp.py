@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import re
-import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from neoforge_email.errors import ProviderUnavailable
-from neoforge_email.message import Message
+from neoforge_email.message import Message, parse_attempt
 from neoforge_email.providers import smtp
 from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope
 from neoforge_email.providers.smtp import SmtpProvider
+from tests.pki import Pki
 from tests.scripted_smtp import DROP, SILENCE, Action, ScriptedServer, scripted_server
 from tests.support import Sink, a_message
 
@@ -194,6 +187,23 @@ async def test_what_is_sent_is_what_arrives(sink: Sink, provider: Make) -> None:
     assert mail.message_id == message.message_id
 
 
+async def test_with_a_bounce_domain_each_attempt_has_its_own_return_path(sink: Sink, provider: Make) -> None:
+    first, again = a_message(), a_message(lease_no=12)
+    assert outcomes(await deliver(provider(sink, bounce_domain="bounces.example.com"), first, again)) == [[TAKEN]] * 2
+    mails = await sink.store.wait(2)
+    assert [mail.sender for mail in mails] == [
+        f"bounce+{message.attempt}@bounces.example.com" for message in (first, again)
+    ]
+    assert [parse_attempt(mail.sender[7:].partition("@")[0]) for mail in mails] == [(first.id, 1), (again.id, 12)]
+    assert all(b"\r\nFrom: Shop <shop@example.com>\r\n" in b"\r\n" + mail.content for mail in mails)
+
+
+async def test_without_a_bounce_domain_bounces_go_to_the_sender(sink: Sink, provider: Make) -> None:
+    assert outcomes(await deliver(provider(sink), a_message())) == [[TAKEN]]
+    [mail] = await sink.store.wait(1)
+    assert mail.sender == "shop@example.com"
+
+
 # --- windows ------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +361,16 @@ async def test_no_more_connections_are_open_at_once_than_are_allowed(provider: M
         assert server.connections == 2
 
 
+async def test_each_destination_has_connections_of_its_own(provider: Make) -> None:
+    async with scripted_server() as one, scripted_server() as other:
+        providers = [provider(server, connections=1) for server in (one, other)]
+        for _ in range(3):
+            results = await asyncio.gather(*(deliver(to, a_message()) for to in providers))
+            assert [outcomes(result) for result in results] == [[[TAKEN]]] * 2
+        assert (one.connections, other.connections) == (1, 1)
+        assert (len(one.bodies), len(other.bodies)) == (3, 3)
+
+
 async def test_a_message_above_the_servers_size_is_refused_without_being_sent(provider: Make) -> None:
     async with scripted_server(offers=("PIPELINING", "SIZE 1000")) as server:
         results = await deliver(provider(server), a_message(text="x" * 2000), a_message())
@@ -406,69 +426,6 @@ async def test_no_server_at_all_is_unavailable(provider: Make) -> None:
 
 
 # --- TLS and AUTH -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pki:
-    """A CA's file, and servers' contexts with a certificate of it."""
-
-    ca_file: Path
-    good: ssl.SSLContext
-    for_another: ssl.SSLContext
-    expired: ssl.SSLContext
-
-
-@pytest.fixture(scope="session")
-def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
-    directory = tmp_path_factory.mktemp("pki")
-    now = datetime.now(UTC)
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-
-    def certificate(
-        file: Path, key: ec.EllipticCurvePrivateKey, name: x509.GeneralName | None, days: int = 1
-    ) -> ssl.SSLContext | None:
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, file.name)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ca.pem")]))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(days=9))
-            .not_valid_after(now + timedelta(days=days))
-            .add_extension(x509.BasicConstraints(ca=name is None, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        )
-        if name is not None:
-            builder = builder.add_extension(x509.SubjectAlternativeName([name]), critical=False)
-        else:
-            names = "digital_signature content_commitment key_encipherment data_encipherment key_agreement"
-            usage = dict.fromkeys([*names.split(), "encipher_only", "decipher_only"], False)
-            builder = builder.add_extension(x509.KeyUsage(key_cert_sign=True, crl_sign=True, **usage), critical=True)
-        signed = builder.sign(ca_key, SHA256())
-        file.write_bytes(
-            signed.public_bytes(Encoding.PEM)
-            + (b"" if name is None else key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        )
-        if name is None:
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(file)
-        return context
-
-    def server(file: str, name: x509.GeneralName, days: int = 1) -> ssl.SSLContext:
-        context = certificate(directory / file, ec.generate_private_key(ec.SECP256R1()), name, days)
-        assert context is not None
-        return context
-
-    certificate(directory / "ca.pem", ca_key, None)
-    here = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    return Pki(
-        directory / "ca.pem",
-        server("good.pem", here),
-        server("for_another.pem", x509.DNSName("mail.example.com")),
-        server("expired.pem", here, days=-1),
-    )
 
 
 SECRET = "correct horse battery staple"

@@ -30,7 +30,8 @@ _SMALL_BODY = 64 * 1024  # octets; goes out in one write with its final dot and 
 class SmtpProvider:
     """One server; see `base.Provider`. `use_tls` is STARTTLS, `use_ssl` TLS from the first byte; neither is ever skipped.
 
-    `ca_file` replaces the system's CAs. ValueError if the settings do not go together.
+    `ca_file` replaces the system's CAs. With `bounce_domain` each attempt has a return path of its own there (VERP), so
+    that a bounce names it; without, it is the sender. ValueError if the settings do not go together.
     """
 
     name = "smtp"
@@ -49,6 +50,7 @@ class SmtpProvider:
         timeout: timedelta = timedelta(seconds=30),
         connections: int = 8,
         window: int = 10,
+        bounce_domain: str | None = None,
         signer: Signer | None = None,
         idle: timedelta = IDLE,
         messages_per_connection: int = MESSAGES_PER_CONNECTION,
@@ -64,6 +66,7 @@ class SmtpProvider:
         self._password = password or ""
         self._use_ssl = use_ssl
         self._context = _verified(ca_file) if use_tls or use_ssl else None
+        self._bounce_domain = bounce_domain
         self._signer = signer
         self._idle = idle.total_seconds()
         self._messages_per_connection = messages_per_connection
@@ -110,7 +113,7 @@ class SmtpProvider:
 
     def _let_go(self, connection: SmtpConnection) -> None:
         connection.wire.quit()
-        task = asyncio.ensure_future(_finish(connection.wire))
+        task = asyncio.ensure_future(connection.wire.closed(within=1))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -133,7 +136,7 @@ class SmtpProvider:
                 await asyncio.get_running_loop().create_connection(
                     lambda: wire, self._host, self._port, ssl=self._context if self._use_ssl else None
                 )
-            connection = SmtpConnection(wire, seconds, self._signer)
+            connection = SmtpConnection(wire, seconds, self._signer, self._bounce_domain)
             await self._greet(connection)
         except BaseException as error:
             wire.abort()
@@ -221,25 +224,16 @@ def _is_loopback(transport: asyncio.Transport) -> bool:
     return isinstance(peer, tuple) and ip_address(peer[0].partition("%")[0]).is_loopback
 
 
-async def _finish(wire: Wire) -> None:
-    try:
-        await asyncio.wait_for(wire.closed(), 1)
-    except TimeoutError:
-        wire.abort()
-        await wire.closed()
-
-
 class _Job:
     """One message of a window on its way; `results` are filled in as they become known, in the order of `recipients`."""
 
-    __slots__ = ("body", "dot_written", "recipients", "results", "sender", "started", "with_reset")
+    __slots__ = ("body", "dot_written", "recipients", "results", "sender", "with_reset")
 
-    def __init__(self, message: Message) -> None:
-        self.sender = message.sender.address
+    def __init__(self, message: Message, bounce_domain: str | None) -> None:
+        self.sender = f"bounce+{message.attempt}@{bounce_domain}" if bounce_domain else message.sender.address
         self.recipients = [recipient.mailbox.address for recipient in message.open_recipients]
         self.results: list[Result | None] = [None] * len(self.recipients)
         self.body = b""
-        self.started = False
         self.with_reset = False
         self.dot_written = False
 
@@ -255,13 +249,16 @@ class _Job:
 class SmtpConnection:
     """See `base.Connection`. `timeout_seconds` bounds the wait for each reply, and from a body's first octet to its answer."""
 
-    def __init__(self, wire: Wire, timeout_seconds: float, signer: Signer | None = None) -> None:
+    def __init__(
+        self, wire: Wire, timeout_seconds: float, signer: Signer | None = None, bounce_domain: str | None = None
+    ) -> None:
         self.wire = wire
         self.capabilities: dict[str, str] = {}
         self.messages = 0
         self._loop = asyncio.get_running_loop()
         self._timeout = timeout_seconds
         self._signer = signer
+        self._bounce_domain = bounce_domain
         self._size_limit: int | None = None
         self._must_reset = False
         self._idle_since = self._loop.time()
@@ -288,9 +285,8 @@ class SmtpConnection:
         if reply.code == 250:
             for line in reply.lines[1:]:
                 keyword, _, parameters = line.decode("ascii", "replace").replace("=", " ", 1).strip().partition(" ")
-                self.capabilities[keyword.upper()] = (
-                    f"{self.capabilities.get(keyword.upper(), '')} {parameters}".strip()
-                )
+                name = keyword.upper()
+                self.capabilities[name] = f"{self.capabilities.get(name, '')} {parameters}".strip()
             limit = self.capabilities.get("SIZE", "")
             self._size_limit = int(limit) if limit.isascii() and limit.isdigit() and int(limit) > 0 else None
         elif reply.code in {500, 501, 502, 504}:
@@ -331,7 +327,7 @@ class SmtpConnection:
 
     async def send(self, window: Sequence[Message], may_start: Callable[[], bool]) -> list[tuple[Result, ...]]:
         """See `base.Connection.send`."""
-        jobs = [_Job(message) for message in window]
+        jobs = [_Job(message, self._bounce_domain) for message in window]
         ready = self._ready(jobs, window)
         left = NOT_STARTED
         try:

@@ -184,5 +184,9 @@ class Wire(asyncio.Protocol):
             self._end("closed by this side")
             self.transport.close()
 
-    async def closed(self) -> None:
-        await self._closed
+    async def closed(self, within: float) -> None:
+        """Until the connection is closed; after `within` seconds it is, whatever the server does."""
+        done, _ = await asyncio.wait([self._closed], timeout=within)
+        if not done:
+            self.abort()
+            await self._closed
