@@ -6,6 +6,7 @@ from neoforge_email.dkim import Signer
 from neoforge_email.errors import SettingsError
 from neoforge_email.providers.base import Provider
 from neoforge_email.providers.memory import MemoryProvider
+from neoforge_email.providers.ses import SesProvider
 from neoforge_email.providers.smtp import SmtpProvider
 from neoforge_email.settings import Settings
 
@@ -20,6 +21,17 @@ def create(settings: Settings) -> Provider:
             timeout=settings.smtp_timeout,
             signer=signer,
         )
+    if settings.email_provider == "ses":
+        return SesProvider(
+            region=settings.aws_region or "",  # never empty: the settings see to it
+            access_key_id=settings.aws_access_key_id,
+            secret_access_key=settings.aws_secret_access_key,
+            endpoint_url=settings.ses_endpoint_url,
+            configuration_set=settings.ses_configuration_set,
+            timeout=settings.ses_timeout,
+            connections=settings.ses_connections,
+            reports=bool(settings.ses_topic_arns),
+        )
     try:
         return SmtpProvider(
             settings.smtp_server,
@@ -32,6 +44,7 @@ def create(settings: Settings) -> Provider:
             timeout=settings.smtp_timeout,
             connections=settings.smtp_connections,
             window=settings.email_worker_batch_size,
+            bounce_domain=settings.bounce_domain,
             signer=signer,
         )
     except ValueError as error:
