@@ -14,20 +14,22 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, RequestBody, Schema, SecurityScheme, Server
 
 from . import __version__
-from .api import documentation, emails, health, problems
+from .api import documentation, emails, health, inbound, problems
 from .api.runtime import Slot
 from .api.submission import EmailRequest
+from .inbound import sns
 from .observability import configure_logging
 from .settings import Settings
 
 
-def create_app(settings: Settings) -> Litestar:
-    """The application; it connects to nothing before its life begins."""
+def create_app(settings: Settings, *, fetch: sns.Fetch = sns.fetch) -> Litestar:
+    """The application; it connects to nothing before its life begins. `fetch` gets what Amazon SNS's messages point at."""
     slot = Slot()
     path = f"{settings.api_v1_str}/emails"
     app = Litestar(
         route_handlers=[
             Router(settings.api_v1_str, route_handlers=[*emails.routes(slot)], security=[{"apiKey": []}]),
+            Router(settings.api_v1_str, route_handlers=[*inbound.routes(slot, fetch)]),
             *health.routes(slot),
             *documentation.routes(settings.project_name),
         ],

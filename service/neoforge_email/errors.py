@@ -56,6 +56,14 @@ class Unauthorized(NeoforgeError):
         super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
 
 
+class SignatureRefused(NeoforgeError):
+    """A webhook's request is not, or is no longer, proof of what it says."""
+
+    status = 403
+    type = "signature-refused"
+    title = "This request does not prove that it comes from the provider"
+
+
 class NotFound(NeoforgeError):
     status = 404
     type = "not-found"

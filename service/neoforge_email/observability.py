@@ -20,6 +20,12 @@ EMAILS_DEFERRED = Counter("emails_deferred_total", "Recipients that will be trie
 EMAILS_UNCERTAIN = Counter("emails_uncertain_total", "Messages whose attempt ended without an answer", ["provider"])
 EMAILS_DUPLICATE = Counter("emails_duplicate_total", "Messages that more than one attempt was taken for", ["provider"])
 EMAILS_LATE = Counter("emails_late_total", "Outcomes that came after their lease was lost", ["provider"])
+PROVIDER_EVENTS = Counter("provider_events_total", "Events of providers that were recorded", ["provider", "type"])
+PROVIDER_RECEIPTS = Counter(
+    "provider_receipts_total",
+    "What became of what providers told us: done, ignored, postponed, failed, unmatched, malformed",
+    ["provider", "result"],
+)
 EMAIL_DELIVERY = Histogram(
     "email_delivery_seconds",
     "From acceptance until a provider took the message",

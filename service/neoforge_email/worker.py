@@ -27,6 +27,8 @@ from redis.exceptions import RedisError
 from . import db, outbox, providers
 from .delivery import Delivery
 from .errors import SettingsError
+from .inbound import receipts
+from .inbound.normaliser import Normaliser
 from .observability import DOORBELL_ERRORS, configure_logging
 from .redis import options
 from .settings import Settings
@@ -35,6 +37,9 @@ log = structlog.get_logger()
 
 PARTITIONS_AHEAD = 3
 IDEMPOTENCY_KEYS_KEPT = timedelta(hours=24)
+RECEIPTS_KEPT = timedelta(days=7)  # longer than any request is fresh, so that a replay is always recognised
+UNDONE_RECEIPTS_KEPT = timedelta(days=90)
+PROVIDER_MESSAGE_IDS_KEPT = timedelta(days=30)
 
 
 class Loop(Protocol):
@@ -74,6 +79,7 @@ def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any
             cron(ensure_partitions, minute=7, second=0, run_at_startup=True, keep_result=0),
             cron(expire, second=30, keep_result=0),
             cron(forget_idempotency_keys, minute={3, 33}, second=0, keep_result=0),
+            cron(forget_receipts, minute={13, 43}, second=0, keep_result=0),
         ],
         "ctx": {"settings": settings, "burst": burst},
         "on_startup": startup,
@@ -112,7 +118,7 @@ async def startup(ctx: dict[str, Any]) -> None:
     logging.getLogger("arq").handlers.clear()
     ctx["pool"] = await db.create_pool(settings, settings.database_url, f"neoforge-worker {settings.instance}")
     ctx["provider"] = providers.create(settings)
-    loops: list[Loop] = [Delivery(ctx["pool"], ctx["provider"], settings)]
+    loops: list[Loop] = [Delivery(ctx["pool"], ctx["provider"], settings), Normaliser(ctx["pool"], settings)]
     if settings.enable_metrics and settings.worker_instance:
         ctx["metrics"], _ = start_http_server(settings.metrics_port + settings.worker_instance, settings.metrics_host)
     ctx["loops"] = {loop: asyncio.create_task(loop.run(), name=type(loop).__name__) for loop in loops}
@@ -162,6 +168,14 @@ async def forget_idempotency_keys(ctx: dict[str, Any]) -> None:
     """Delete idempotency keys after their day."""
     while count := await outbox.forget_idempotency_keys(ctx["pool"], IDEMPOTENCY_KEYS_KEPT):
         log.info("idempotency_keys.forgotten", keys=count)
+
+
+async def forget_receipts(ctx: dict[str, Any]) -> None:
+    """Delete what providers told us, and what they called our messages, after its time."""
+    while count := await receipts.forget(ctx["pool"], done=RECEIPTS_KEPT, other=UNDONE_RECEIPTS_KEPT):
+        log.info("receipts.forgotten", receipts=count)
+    while count := await receipts.forget_provider_message_ids(ctx["pool"], PROVIDER_MESSAGE_IDS_KEPT):
+        log.info("provider_message_ids.forgotten", ids=count)
 
 
 def _end_process_if_lost(task: asyncio.Task[None]) -> None:

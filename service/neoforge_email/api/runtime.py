@@ -31,6 +31,7 @@ class Runtime:
     pool: Pool
     readers: Pool
     redis: Redis
+    doorbell: Doorbell
     intake: Intake
     keys: KeyRing
 
@@ -77,7 +78,9 @@ class Slot:
             intake = Intake(pool, expire_after=settings.email_expire_hours, on_commit=doorbell.ring)
             await intake.start()
             stack.push_async_callback(intake.close)
-            self.runtime = Runtime(settings, Rules.of(settings), pool, readers, redis, intake, KeyRing(_finder(pool)))
+            self.runtime = Runtime(
+                settings, Rules.of(settings), pool, readers, redis, doorbell, intake, KeyRing(_finder(pool))
+            )
             yield
 
     def lifespan(self, settings: Settings) -> Callable[[Litestar], AbstractAsyncContextManager[None]]:

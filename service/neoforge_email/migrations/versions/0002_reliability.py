@@ -75,6 +75,7 @@ create table provider_receipts (
 );
 create index provider_receipts_waiting on provider_receipts (due) where state = 'waiting';
 create index provider_receipts_finished on provider_receipts (finished_at) where state <> 'waiting';
+create index provider_receipts_left on provider_receipts (state, finished_at) where state in ('unmatched', 'malformed');
 """
 
 SECURITY = """
