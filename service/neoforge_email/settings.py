@@ -139,11 +139,17 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _base64(text: str) -> str:
+P256 = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
+"""How the DER form of a public key on the curve P-256 begins; 64 bytes follow."""
+
+
+def _verification_key(text: str) -> str:
     try:
-        b64decode(text, validate=True)
+        key = b64decode(text, validate=True)
     except ValueError:
-        raise ValueError("write the key in base64, as the provider shows it") from None
+        key = b""
+    if not key.startswith(P256) or len(key) != len(P256) + 64:
+        raise ValueError("write the verification key as SendGrid shows it, a line that begins with MFkwEwYHKoZIzj0")
     return text
 
 
@@ -279,7 +285,7 @@ class Settings:
     sendgrid_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     sendgrid_connections: int = _setting("8", _whole(1, 1000))
     sendgrid_rate: int = _setting("0", _whole(0, 1_000_000))
-    sendgrid_webhook_secret: str | None = _setting(None, _base64, secret=True)
+    sendgrid_webhook_secret: str | None = _setting(None, _verification_key, secret=True)
     sendgrid_webhook_max_age: timedelta = _setting("600", _seconds(1, 86400))
     aws_region: str | None = _setting(None, _name)
     aws_access_key_id: str | None = _setting(None, secret=True)

@@ -77,8 +77,8 @@ async def count(database: Database, table: str) -> int:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(settings)
+async def running(settings: Settings, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(settings, **options)
     started, stop = asyncio.Event(), asyncio.Event()
 
     async def live() -> None:

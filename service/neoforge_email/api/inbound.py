@@ -7,14 +7,16 @@ provider send it again.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import structlog
 from litestar import Request, Response, post
 from litestar.handlers import HTTPRouteHandler
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
 from litestar.params import HeaderParameter
 
 from neoforge_email.errors import BodyTooLarge, MalformedBody, NotFound, SignatureRefused, Unavailable
@@ -36,6 +38,23 @@ class Received(msgspec.Struct):
     new: int
 
 
+@dataclass
+class _SendGrid(Operation):
+    """The body is taken as it came; this documents it."""
+
+    def __post_init__(self) -> None:
+        events = Schema(type=OpenAPIType.ARRAY, items=Schema(type=OpenAPIType.OBJECT))
+        self.request_body = RequestBody({"application/json": OpenAPIMediaType(schema=events)}, required=True)
+
+
+@dataclass
+class _Sns(Operation):
+    def __post_init__(self) -> None:
+        (_, schemas) = msgspec.json.schema_components([sns.Envelope])
+        envelope = OpenAPIMediaType(schema=cast("Schema", schemas["Envelope"]))
+        self.request_body = RequestBody({"text/plain": envelope}, required=True)
+
+
 def routes(slot: Slot, fetch: sns.Fetch) -> Sequence[HTTPRouteHandler]:
     """The handlers, bound to where they find the runtime."""
     verifier = sns.Verifier(fetch)
@@ -43,6 +62,7 @@ def routes(slot: Slot, fetch: sns.Fetch) -> Sequence[HTTPRouteHandler]:
     @post(
         "/webhooks/sendgrid",
         operation_id="receiveSendGridEvents",
+        operation_class=_SendGrid,
         summary="Events of SendGrid",
         tags=["provider webhooks"],
         status_code=HTTPStatus.OK,
@@ -69,6 +89,7 @@ def routes(slot: Slot, fetch: sns.Fetch) -> Sequence[HTTPRouteHandler]:
     @post(
         "/webhooks/ses",
         operation_id="receiveSesEvents",
+        operation_class=_Sns,
         summary="Events of Amazon SES, through SNS",
         tags=["provider webhooks"],
         status_code=HTTPStatus.OK,
