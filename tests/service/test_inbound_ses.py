@@ -77,6 +77,14 @@ def chained(first: bytes, second: bytes) -> Callable[[str], bytes]:
     return lambda _: first + second
 
 
+def certified_by(url: str) -> Callable[[], Sent]:
+    return lambda: Sent(notified(SigningCertURL=url))
+
+
+def confirmed_by(url: str) -> Callable[[], Sent]:
+    return lambda: Sent(GENUINE.subscription(SubscribeURL=url), fetched=1)
+
+
 WEAK = rsa.generate_private_key(65537, 1024)
 CURVE = ec.generate_private_key(ec.SECP256R1())
 SUBSCRIBE = f"https://{HOST}/?Action=ConfirmSubscription&TopicArn={TOPIC}&Token="
@@ -127,7 +135,7 @@ REFUSED: dict[str, tuple[int, Callable[[], Sent]]] = {
     "the version is unknown": (403, lambda: Sent(notified(SignatureVersion="3"))),
     # a certificate from elsewhere: nothing is fetched
     **{
-        f"the certificate is under {url}": (403, lambda url=url: Sent(notified(SigningCertURL=url)))
+        f"the certificate is under {url}": (403, certified_by(url))
         for url in (
             "",
             f"http://{HOST}/{FILE}",
@@ -228,7 +236,7 @@ REFUSED: dict[str, tuple[int, Callable[[], Sent]]] = {
     **{
         f"the subscription leads to {url}": (
             403,
-            lambda url=url: Sent(GENUINE.subscription(SubscribeURL=url), fetched=1),
+            confirmed_by(url),
         )
         for url in (
             "",
@@ -592,7 +600,7 @@ def test_what_is_about_every_recipient_says_so(
 def test_whose_open_it_was_is_only_known_where_there_is_one_recipient(
     kind: str, part: str, expected: EventType
 ) -> None:
-    parts = {
+    parts: dict[str, Any] = {
         part: {"timestamp": TIME, "userAgent": "Mozilla/5.0", "ipAddress": "192.0.2.1", "link": "https://a.example"}
     }
     [event] = read(kind, **parts)
@@ -669,9 +677,15 @@ def test_what_is_no_notification_is_a_value_error(body: bytes) -> None:
 def test_parts_of_another_shape_are_left_out(kind: str, value: Any) -> None:
     names = ("delivery", "bounce", "complaint", "deliveryDelay", "reject", "failure", "open", "click", "subscription")
     mail = {"messageId": "x", "destination": value, "timestamp": value, "tags": value, "headers": value}
-    inner = {"bouncedRecipients": value, "complainedRecipients": value, "delayedRecipients": value, "recipients": value}
+    inner: Any = {
+        "bouncedRecipients": value,
+        "complainedRecipients": value,
+        "delayedRecipients": value,
+        "recipients": value,
+    }
     for part in (value, inner):
-        for event in read(kind, mail, **dict.fromkeys(names, part)):
+        parts: dict[str, Any] = dict.fromkeys(names, part)
+        for event in read(kind, mail, **parts):
             assert event.occurred_at == UNKNOWN
 
 
