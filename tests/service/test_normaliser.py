@@ -259,7 +259,8 @@ async def test_a_receipt_that_the_database_refuses_is_tried_again_alone_and_then
     # what an operator does once the fault is mended (docs/operations.md)
     await desk.way.superuser.execute("alter table email_events drop constraint tests")
     await desk.way.superuser.execute(
-        "update provider_receipts set state = 'waiting', tries = 0, due = now(), finished_at = null where state = 'malformed'"
+        "update provider_receipts set state = 'waiting', tries = 0, received_at = now(), due = now(), finished_at = null"
+        " where state = 'malformed'"
     )
     await desk.work_off()
     assert (await desk.states(), await desk.way.statuses()) == ({"done": 6}, ["delivered", "delivered"])
