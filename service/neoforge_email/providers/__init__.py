@@ -33,6 +33,16 @@ def create(settings: Settings) -> Provider:
             reports=bool(settings.ses_topic_arns),
         )
     try:
+        if settings.email_provider == "sendgrid":
+            from neoforge_email.providers.sendgrid import SendGridProvider  # pulls in an HTTP client
+
+            return SendGridProvider(
+                settings.sendgrid_api_key or "",
+                url=settings.sendgrid_url,
+                timeout=settings.sendgrid_timeout,
+                connections=settings.sendgrid_connections,
+                reports=settings.sendgrid_webhook_secret is not None,
+            )
         return SmtpProvider(
             settings.smtp_server,
             settings.smtp_port,

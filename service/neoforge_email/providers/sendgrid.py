@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from email.header import Header as MimeHeader
 from email.utils import parsedate_to_datetime
+from io import BytesIO
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -43,7 +44,7 @@ ATTEMPT = "neoforge_attempt"
 """The custom argument that carries `Message.attempt`."""
 
 MAX_RECIPIENTS = 1000  # to, cc and bcc of one request together; also the most personalizations
-MAX_REQUEST_BYTES = 28_000_000  # SendGrid takes 30 MB
+MAX_REQUEST_BYTES = 30_000_000
 IDLE = timedelta(seconds=15)  # load balancers close after 60 s or more
 MAX_PAUSE = timedelta(hours=1)  # whatever a header says
 
@@ -53,6 +54,7 @@ _RESERVED = re.compile(
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"personalizations\.(\d{1,4})(?:\.(to|cc|bcc)\.(\d{1,4}))?(?:\..*)?")
+_KEYS = ValidateApiKey()
 _LINE_BREAK = re.compile("[\r\n\0]")
 _PLACES = {Kind.TO: mail.To, Kind.CC: mail.Cc, Kind.BCC: mail.Bcc}
 
@@ -65,15 +67,15 @@ def unsupported(draft: Draft) -> list[FieldError]:
     if not draft.subject:
         errors.append({"field": "subject", "message": "must not be empty: SendGrid requires a subject"})
     errors += [
-        {"field": f"headers.{name}", "message": "is a header that SendGrid keeps for itself"}
+        {"field": f"headers.{name}", "message": "remove it: SendGrid keeps this header for itself"}
         for name in draft.headers
         if _RESERVED.fullmatch(name)
     ]
     for where, text in (("html", draft.html), ("text", draft.text)):
         try:
-            ValidateApiKey().validate_message_text(text)
+            _KEYS.validate_message_text(text)
         except ApiKeyIncludedException:
-            errors.append({"field": where, "message": "begins with what looks like a SendGrid API key"})
+            errors.append({"field": where, "message": "must not begin with what looks like a SendGrid API key"})
     return errors
 
 
@@ -189,7 +191,7 @@ class SendGridProvider:
         try:
             async with (
                 asyncio.timeout(seconds),
-                self._opened().post(self._url, data=request.body, allow_redirects=False) as response,
+                self._opened().post(self._url, data=BytesIO(request.body), allow_redirects=False) as response,
             ):
                 status, headers = response.status, response.headers
                 if status != 202:
@@ -287,24 +289,22 @@ def _settle(letter: _Letter, result: Result, results: dict[UUID, Result]) -> Non
 
 def _requests(call: Sequence[Message], results: dict[UUID, Result]) -> Iterator[_Request]:
     """Usually one; more where it would be too large. What cannot be written is settled in `results`."""
-    try:
-        shared = msgspec.json.encode(_shared(call[0]))[:-1]
-    except (ValueError, ApiKeyIncludedException) as error:
-        for message in call:
-            results.update((recipient.id, _unwritable(error)) for recipient in message.open_recipients)
-        return
+    shared = b""
     letters: list[_Letter] = []
-    size = len(shared)
+    size = 0
     for message in call:
         try:
+            shared = shared or msgspec.json.encode(_shared(message))[:-1]
             new = list(_letters(message, message.open_recipients))
-        except ValueError as error:
+            more = sum(len(letter.octets) + 1 for letter in new)
+            if len(shared) + more > MAX_REQUEST_BYTES:
+                raise ValueError(f"{len(shared) + more} bytes are more than SendGrid takes")
+        except (ValueError, ApiKeyIncludedException) as error:
             results.update((recipient.id, _unwritable(error)) for recipient in message.open_recipients)
             continue
-        more = sum(len(letter.octets) + 1 for letter in new)
-        if letters and size + more > MAX_REQUEST_BYTES:
+        if letters and len(shared) + size + more > MAX_REQUEST_BYTES:
             yield _Request(shared, letters)
-            letters, size = [], len(shared)
+            letters, size = [], 0
         letters += new
         size += more
     if letters:
