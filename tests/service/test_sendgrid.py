@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +21,7 @@ from neoforge_email.message import Draft, Kind, Mailbox, Message
 from neoforge_email.providers import sendgrid
 from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope
 from neoforge_email.providers.sendgrid import ATTEMPT, SendGridProvider, unsupported
-from neoforge_email.settings import Settings
+from neoforge_email.settings import P256, Settings
 from tests.provider_contract import always, deliver, yes
 from tests.sendgrid_double import API_KEY, Fault, SendGridDouble, sendgrid_double
 from tests.support import a_message
@@ -549,8 +550,9 @@ async def test_it_can_be_used_again_after_it_was_closed(double: SendGridDouble, 
 
 
 def test_the_settings_choose_it(make_settings: Callable[..., Settings]) -> None:
+    key = b64encode(P256 + bytes(64)).decode()
     made = providers.create(
-        make_settings("worker", EMAIL_PROVIDER="sendgrid", SENDGRID_API_KEY="SG.a.b", SENDGRID_WEBHOOK_SECRET="AAAA")
+        make_settings("worker", EMAIL_PROVIDER="sendgrid", SENDGRID_API_KEY="SG.a.b", SENDGRID_WEBHOOK_SECRET=key)
     )
     assert isinstance(made, SendGridProvider)
     assert (made.name, made.window, made.connections, made.reports) == ("sendgrid", 1000, 8, True)
