@@ -22,7 +22,9 @@ from neoforge_email.providers import sendgrid
 from neoforge_email.providers.base import NOT_STARTED, Outcome, Result, Scope
 from neoforge_email.providers.sendgrid import ATTEMPT, SendGridProvider, unsupported
 from neoforge_email.settings import P256, Settings
+from tests.pki import Pki
 from tests.provider_contract import always, deliver, yes
+from tests.scripted_http import Answer, scripted_http
 from tests.sendgrid_double import API_KEY, Fault, SendGridDouble, sendgrid_double
 from tests.support import a_message
 
@@ -480,6 +482,14 @@ async def test_where_there_is_no_tls_nothing_was_sent(double: SendGridDouble, pr
     results = await deliver(provider(url=double.url.replace("http:", "https:")), [a_message()])
     assert meanings(results) == [[DEFERRED_CONNECTION]]
     assert double.requests == 0
+
+
+async def test_a_server_that_cannot_prove_who_it_is_is_sent_nothing(pki: Pki, provider: Make) -> None:
+    async with scripted_http(Answer(202), tls=pki.good) as server:
+        results = await deliver(provider(url=f"https://127.0.0.1:{server.port}"), [a_message()])
+    assert meanings(results) == [[DEFERRED_CONNECTION]]
+    assert "certificate" in results[0][0].response
+    assert server.requests == []
 
 
 async def test_a_request_is_never_repeated_by_the_client(double: SendGridDouble, provider: Make) -> None:
