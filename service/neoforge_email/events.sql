@@ -15,14 +15,20 @@ create or replace function receive(p_provider text, p_event_id text[], p_body by
     select count(*)::int from new
 $$;
 
--- Waiting receipts that are due, locked for this transaction; those that another worker has are skipped. p_providers are
--- those that this version can read. Index: provider_receipts_waiting.
-create or replace function waiting_receipts(p_providers text[], p_most int)
+-- Waiting receipts that are due, locked for this transaction, until p_bytes are together; those that another worker has are
+-- skipped. p_providers are those that this version can read. Index: provider_receipts_waiting.
+create or replace function waiting_receipts(p_providers text[], p_most int, p_bytes bigint)
     returns table (id bigint, provider text, event_id text, body bytea, received_at timestamptz)
     language sql as $$
-    select r.id, r.provider, r.event_id, r.body, r.received_at from provider_receipts r
-    where r.state = 'waiting' and r.due <= clock() and r.provider = any(p_providers)
-    order by r.due, r.id limit p_most for update skip locked
+    with due as (
+        select r.id, r.due, octet_length(r.body) as size from provider_receipts r
+        where r.state = 'waiting' and r.due <= clock() and r.provider = any(p_providers)
+        order by r.due, r.id limit p_most for update skip locked
+    ), measured as (
+        select d.id, sum(d.size) over (order by d.due, d.id) - d.size as before from due d
+    )
+    select r.id, r.provider, r.event_id, r.body, r.received_at
+    from measured m join provider_receipts r on r.id = m.id where m.before < p_bytes
 $$;
 
 -- Settle receipts of this transaction by their outcome, and return the state of each: `done` and `malformed` are final;

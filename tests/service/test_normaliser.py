@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,8 +28,8 @@ from neoforge_email import db, outbox, records
 from neoforge_email.app import create_app
 from neoforge_email.db import Pool
 from neoforge_email.delivery import Delivery
+from neoforge_email.inbound import dsn, receipts
 from neoforge_email.inbound import normaliser as normaliser_module
-from neoforge_email.inbound import receipts
 from neoforge_email.inbound.normaliser import Normaliser
 from neoforge_email.lifecycle import EventType
 from neoforge_email.outbox import Claim, Intake
@@ -315,6 +315,36 @@ async def test_several_recipients_of_one_ses_notification_are_recorded_together(
     assert (await desk.states(), await desk.way.statuses()) == ({"done": 1}, ["delivered", "delivered"])
 
 
+async def test_a_bounce_by_mail_is_read_too(desk: Desk) -> None:
+    await desk.way.accept()
+    claimed = await desk.way.attempt()
+    report = (
+        b"From: MAILER-DAEMON@mx.example.net\nSubject: Undelivered\nMIME-Version: 1.0\n"
+        b'Content-Type: multipart/report; report-type=delivery-status; boundary="b"\n\n'
+        b"--b\nContent-Type: text/plain\n\nSorry.\n"
+        b"--b\nContent-Type: message/delivery-status\n\nReporting-MTA: dns; mx.example.net\n\n"
+        b"Final-Recipient: rfc822; ada@example.net\nAction: failed\nStatus: 5.1.1\n"
+        b"Diagnostic-Code: smtp; 550 5.1.1 user unknown\n\n--b--\n"
+    )
+    address = f"bounce+{claimed.message.attempt}@bounces.example.com"
+    body = dsn.pack(dsn.Envelope(address, "192.0.2.1", datetime.now(UTC)), report)
+    await receipts.receive(desk.way.worker, "mail", [(dsn.event_id(address, report), body)])
+    await desk.work_off()
+    assert (await desk.states(), await desk.way.statuses()) == ({"done": 1}, ["bounced"])
+    assert await desk.way.superuser.fetchval("select address from suppressions") == "ada@example.net"
+
+
+async def test_large_reports_are_taken_few_at_a_time(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normaliser_module, "BATCH_BYTES", 3000)
+    await receipts.receive(desk.api, "sendgrid", [(f"{n}", b'{"event":"other"}' + b" " * 1000) for n in range(10)])
+    await receipts.receive(desk.api, "sendgrid", [("large", b'{"event":"other"}' + b" " * 9000)])
+    async with desk.way.worker.acquire() as connection, connection.transaction():
+        found = await receipts.waiting(connection, ["sendgrid"], 200, 3000)  # type: ignore[arg-type]
+        assert len(found) == 3
+    await desk.work_off()
+    assert await desk.states() == {"done": 11}
+
+
 # --- twice and out of order --------------------------------------------------------------------------------------------
 
 
@@ -541,7 +571,7 @@ async def test_the_api_can_store_and_count_what_comes_and_neither_read_nor_chang
         "delete from provider_receipts",
         "update provider_receipts set state = 'done'",
         "insert into provider_receipts (provider, event_id, body, received_at, due) values ('a', 'b', '', now(), now())",
-        "select * from waiting_receipts(array['sendgrid'], 1)",
+        "select * from waiting_receipts(array['sendgrid'], 1, 1)",
         "select * from settle_receipts('{1}', '{done}', '{null}', '1 day', 3)",
         "select forget_receipts('0', '0', 1)",
     ):

@@ -19,7 +19,7 @@ import structlog
 
 from neoforge_email import outbox
 from neoforge_email.db import UNAVAILABLE, UNSTORABLE, Connection, Pool
-from neoforge_email.inbound import Event, receipts, sendgrid, ses
+from neoforge_email.inbound import Event, dsn, receipts, sendgrid, ses
 from neoforge_email.inbound.receipts import Outcome, Receipt
 from neoforge_email.inbound.values import line
 from neoforge_email.observability import DATABASE_ERRORS, EMAILS_DUPLICATE, PROVIDER_EVENTS, PROVIDER_RECEIPTS
@@ -30,11 +30,16 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 BATCH = 200
-"""Receipts a transaction."""
+BATCH_BYTES = 16 << 20
+"""Receipts a transaction, at most, and their bytes, about."""
 PAUSE = 0.1
 """Seconds at least between two looks that found nothing: the doorbell rings for every accepted message, too."""
 
-NORMALISE: Mapping[str, Callable[[bytes], list[Event]]] = {"sendgrid": sendgrid.normalise, "ses": ses.normalise}
+NORMALISE: Mapping[str, Callable[[bytes], list[Event]]] = {
+    "sendgrid": sendgrid.normalise,
+    "ses": ses.normalise,
+    "mail": dsn.normalise,
+}
 
 
 @dataclass(slots=True)
@@ -78,12 +83,10 @@ class Normaliser:
         """Work until `stop`; woken by the doorbell and its own timer."""
         while not self._stopping:
             self._wake.clear()
-            taken = await self._patiently(self._work)
-            if taken == BATCH:
+            if await self._patiently(self._work):
                 continue
-            if not taken:
-                self._idle.set()
-                await asyncio.sleep(PAUSE)
+            self._idle.set()
+            await asyncio.sleep(PAUSE)
             try:
                 async with asyncio.timeout(self._interval):
                     await self._wake.wait()
@@ -95,7 +98,8 @@ class Normaliser:
         twice: list[tuple[str, UUID]] = []
         async with self._pool.acquire() as acquired, acquired.transaction():
             connection = cast("Connection", acquired)
-            batch = [_read(receipt) for receipt in await receipts.waiting(connection, NORMALISE, BATCH)]
+            found = await receipts.waiting(connection, NORMALISE, BATCH, BATCH_BYTES)
+            batch = [_read(receipt) for receipt in found]
             if not batch:
                 return 0
             for provider in {work.receipt.provider for work in batch}:

@@ -53,9 +53,12 @@ async def receive(pool: Pool, provider: str, items: Sequence[tuple[str, bytes]])
     return new
 
 
-async def waiting(connection: Connection, providers: Iterable[str], most: int) -> list[Receipt]:
-    """Receipts that are due, held by the transaction of the connection; those of another worker are skipped."""
-    rows = await connection.fetch("select * from waiting_receipts($1, $2)", list(providers), most)
+async def waiting(connection: Connection, providers: Iterable[str], most: int, most_bytes: int) -> list[Receipt]:
+    """Receipts that are due, held by the transaction of the connection, with little more than `most_bytes` together.
+
+    Those of another worker are skipped.
+    """
+    rows = await connection.fetch("select * from waiting_receipts($1, $2, $3)", list(providers), most, most_bytes)
     return [Receipt(row["id"], row["provider"], row["event_id"], row["body"], row["received_at"]) for row in rows]
 
 
