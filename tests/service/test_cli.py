@@ -145,6 +145,7 @@ def test_status_counts_the_queue_and_fails_where_no_worker_listens(neoforge: Run
         "queued": 0,
         "leased": 0,
         "uncertain": 0,
+        "held": 0,
     }
     assert report["workers_listening"] == 0
     assert "workers listening: 0" in neoforge("status").stdout
