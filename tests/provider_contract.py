@@ -57,7 +57,7 @@ Trouble = Literal[
 class Wire:
     """How things go wrong between a provider and a server, for `WireContract`.
 
-    `troubled` gives a provider, with a time-out of half a second, whose server does so once and is friendly afterwards.
+    `troubled` gives a provider, with a time-out of a second, whose server does so once and is friendly afterwards.
     `port` is that of the server that `Target.provider` sends to. `secrets` may stand in no answer.
     `says_when`: who throttles says until when.
     """

@@ -25,7 +25,7 @@ from tests.sendgrid_double import Fault, sendgrid_double
 from tests.support import Sink
 
 NO_SUCH_USER = Result(Outcome.REFUSED, Scope.RECIPIENT, "550 no such user")
-SOON = timedelta(seconds=0.5)
+SOON = timedelta(seconds=1)
 
 SMTP_TROUBLES: dict[Trouble, tuple[str, Action]] = {
     "silent": (r"\.", SILENCE),

@@ -37,7 +37,7 @@ async def double() -> AsyncIterator[SendGridDouble]:
 
 
 async def send(url: str, *messages: Any) -> list[list[Outcome]]:
-    provider = SendGridProvider(API_KEY, url=url, timeout=timedelta(seconds=0.5))
+    provider = SendGridProvider(API_KEY, url=url, timeout=timedelta(seconds=2))
     try:
         return outcomes(await deliver(provider, messages))
     finally:

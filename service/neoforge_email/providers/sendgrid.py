@@ -160,6 +160,8 @@ class SendGridProvider:
         requests = deque(request for call in self.calls(window) for request in _requests(call, results))
         left = NOT_STARTED
         while requests:
+            for _ in range(3):  # lets the loop notice what the server closed in the meantime
+                await asyncio.sleep(0)
             if (pause := self._pause()) is not None:
                 left = Result(
                     Outcome.DEFERRED, Scope.CONNECTION, "not sent: the rate limit is used up", retry_after=pause
@@ -186,8 +188,6 @@ class SendGridProvider:
         seconds = self.timeout.total_seconds()
         status, body = 0, bytearray()
         headers: Mapping[str, str] = {}
-        for _ in range(3):  # lets the loop notice what the server closed in the meantime
-            await asyncio.sleep(0)
         try:
             async with (
                 asyncio.timeout(seconds),
