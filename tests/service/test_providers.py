@@ -20,7 +20,7 @@ from neoforge_email.providers.memory import TAKEN, MemoryProvider
 from neoforge_email.providers.sendgrid import ATTEMPT, SendGridProvider
 from neoforge_email.providers.smtp import SmtpProvider
 from tests.provider_contract import Arrival, ProviderContract, Target, Trouble, Wire, WireContract
-from tests.scripted_smtp import DROP, SILENCE, Action, scripted_server
+from tests.scripted_smtp import DROP, SILENCE, Action, ScriptedServer, scripted_server
 from tests.sendgrid_double import Fault, sendgrid_double
 from tests.support import Sink
 
@@ -95,11 +95,13 @@ class TestSmtp(WireContract):
             ]
 
         async with AsyncExitStack() as servers:
+            started: list[ScriptedServer] = []
 
             async def troubled(trouble: Trouble) -> SmtpProvider:
                 what, action = SMTP_TROUBLES[trouble]
                 friendly: Action = "250 ok"
                 server = await servers.enter_async_context(scripted_server({what: (action, friendly)}))
+                started.append(server)
                 return make(server.port, SOON)
 
             yield Target(
@@ -107,7 +109,7 @@ class TestSmtp(WireContract):
                 arrived,
                 "smtp-550@example.com",
                 lambda: make(nobody()),
-                Wire(troubled, sink.port, says_when=False),
+                Wire(troubled, lambda: bool(started[-1].bodies), sink.port, says_when=False),
             )
             for one in made:
                 await one.close()
@@ -136,7 +138,7 @@ class TestSendGrid(WireContract):
                 arrived,
                 "bad@example.net",
                 lambda: make(nobody()),
-                Wire(troubled, double.port, secrets=(double.key,)),
+                Wire(troubled, lambda: not double.faults, double.port, secrets=(double.key,)),
             )
             for one in made:
                 await one.close()

@@ -40,7 +40,7 @@ from tests.provider_contract import (
     outcomes,
     yes,
 )
-from tests.scripted_http import HALF, Action, Answer, Request, Step, Trickle, scripted_http
+from tests.scripted_http import HALF, Action, Answer, Request, ScriptedHttp, Step, Trickle, scripted_http
 from tests.scripted_smtp import DROP, SILENCE
 from tests.support import a_message
 
@@ -182,8 +182,11 @@ class TestWire(WireContract):
                     for sent in taken
                 ]
 
+            started: list[ScriptedHttp] = []
+
             async def troubled(trouble: Trouble) -> SesProvider:
                 server = await servers.enter_async_context(scripted_http(*self.TROUBLES[trouble]))
+                started.append(server)
                 one = provider(server.port)
                 async with one.connection():  # reads what AWS says about the service, where nobody has before
                     pass
@@ -194,7 +197,7 @@ class TestWire(WireContract):
                 arrived,
                 "bad@example.net",
                 lambda: provider(nobody()),
-                Wire(troubled, friendly.port, secrets=(KEY, SECRET)),
+                Wire(troubled, lambda: bool(started[-1].requests), friendly.port, secrets=(KEY, SECRET)),
             )
 
 
