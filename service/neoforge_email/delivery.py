@@ -50,6 +50,10 @@ LEASE = timedelta(seconds=60)
 """How long a claim holds its messages; renewed at a third of it. Raised where a provider's time-out asks for more."""
 
 
+MOST_HELD = 2000
+"""Messages that a worker holds at most, however wide the provider's calls are."""
+
+
 @dataclass(slots=True)
 class _Attempt:
     """A window that waits for its attempt to be committed; the future gives the messages that may be sent."""
@@ -85,7 +89,7 @@ class Delivery:
             uncertain_wait=settings.email_uncertain_wait,
         )
         self._reporting = [provider.name] if provider.reports else []
-        self._capacity = 2 * provider.connections * provider.window
+        self._capacity = min(2 * provider.connections * provider.window, MOST_HELD)
         self._turn = outbox.Turn()
         self._held: dict[str, _Held] = {}
         self._windows: asyncio.Queue[list[Claim]] = asyncio.Queue()
@@ -156,7 +160,7 @@ class Delivery:
                     self._held[claimed.message.attempt] = _Held(claimed.message, until)
                 EMAIL_CLAIMED.labels(self._provider.name).inc(len(claims))
                 EMAIL_IN_FLIGHT.labels(self._provider.name).set(len(self._held))
-                for window in _windows(claims, self._provider.window):
+                for window in _windows(claims, self._provider):
                     self._windows.put_nowait(window)
                 if len(claims) >= free // 2:
                     continue
@@ -410,15 +414,16 @@ UNTOUCHED = Decision(QueueState.QUEUED, timedelta(), 0, ())
 """Back to the queue as it was: the attempt's commit is unknown, and nothing was sent."""
 
 
-def _windows(claims: Sequence[Claim], size: int) -> Iterator[list[Claim]]:
-    """Cut a claim into windows, more urgent lanes first. A suspect goes alone, so that it can harm no other."""
+def _windows(claims: Sequence[Claim], provider: Provider) -> Iterator[list[Claim]]:
+    """Cut a claim into windows, more urgent lanes first, each what one call of the provider takes: after a crash no more than
+    one call's messages are uncertain. A suspect goes alone, so that it can harm no other."""
     ordered = sorted(claims, key=lambda claimed: claimed.lane)
     for claimed in ordered:
         if claimed.suspect:
             yield [claimed]
-    calm = [claimed for claimed in ordered if not claimed.suspect]
-    for start in range(0, len(calm), size):
-        yield calm[start : start + size]
+    calm = {claimed.message.id: claimed for claimed in ordered if not claimed.suspect}
+    for call in provider.calls([claimed.message for claimed in calm.values()]):
+        yield [calm[message.id] for message in call]
 
 
 def _drain(windows: asyncio.Queue[list[Claim]]) -> Iterator[list[Claim]]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -76,12 +76,15 @@ def system(database: Database, make_settings: Callable[..., Settings]) -> Callab
 
     @asynccontextmanager
     async def run(
-        answer: Callable[[Message, Recipient], Result] | None = None, delay: timedelta = timedelta(0), **variables: str
+        answer: Callable[[Message, Recipient], Result] | None = None,
+        delay: timedelta = timedelta(0),
+        provider: MemoryProvider | None = None,
+        **variables: str,
     ) -> AsyncIterator[System]:
         api, worker = make_settings("api", **variables), make_settings("worker", **variables)
         superuser = await db.connect(Database.url(database.superuser), "test")
         await superuser.execute("insert into users (name) values ('shop') on conflict do nothing")
-        provider = MemoryProvider(window=5, connections=4, timeout=timedelta(seconds=2), delay=delay)
+        provider = provider or MemoryProvider(window=5, connections=4, timeout=timedelta(seconds=2), delay=delay)
         if answer is not None:
             provider.answer = answer
         async with (
@@ -124,6 +127,27 @@ async def test_every_message_is_delivered_once_and_the_queue_is_empty(system: An
         assert await s.statuses() == {"sent": 500}
         assert await s.queue() == {}
         assert len({taken.message.id for taken in s.provider.taken}) == len(s.provider.taken) == 500
+
+
+async def test_the_attempts_that_are_committed_together_are_those_of_one_call(system: Any) -> None:
+    """A worker that is killed leaves uncertain what its calls hold, and nothing else."""
+
+    class ByContent(MemoryProvider):
+        def calls(self, messages: Sequence[Message]) -> list[list[Message]]:
+            texts = dict.fromkeys(message.text for message in messages)
+            return [[message for message in messages if message.text == text] for text in texts]
+
+        async def send(self, window: Sequence[Message], may_start: Callable[[], bool]) -> list[tuple[Result, ...]]:
+            sent.append({message.text for message in window})
+            return await super().send(window, may_start)
+
+    sent: list[set[str | None]] = []
+    provider = ByContent(window=100, connections=2, timeout=timedelta(seconds=2))
+    async with system(provider=provider) as s:
+        await asyncio.gather(s.send(20, text="one"), s.send(20, text="two"), s.send(20, text="three"))
+        await s.delivery.drained()
+        assert await s.statuses() == {"sent": 60}
+        assert {len(texts) for texts in sent} == {1}
 
 
 async def test_a_doorbell_makes_delivery_immediate(system: Any) -> None:
