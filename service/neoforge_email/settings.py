@@ -16,7 +16,6 @@ from base64 import b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -111,25 +110,6 @@ def _address(text: str) -> str:
     if not re.fullmatch(r"[^\s@<>,;:\"]+@[A-Za-z0-9.-]+", text) or not text.isascii():
         raise ValueError("write a bare address such as noreply@example.com")
     return text
-
-
-PROVIDERS = ("sendgrid", "smtp", "ses", "memory")
-
-
-def _providers(text: str) -> tuple[str, ...]:
-    names = _list(text)
-    if any(name not in PROVIDERS for name in names) or len(set(names)) < len(names):
-        raise ValueError("write each of " + ", ".join(PROVIDERS) + " once at most, by comma")
-    return names
-
-
-def _networks(text: str) -> tuple[str, ...]:
-    for network in _list(text):
-        try:
-            ip_network(network)
-        except ValueError:
-            raise ValueError(f"{network} is no network; write it as 10.20.0.0/16") from None
-    return _list(text)
 
 
 def _url(text: str) -> str:
@@ -266,10 +246,7 @@ class Settings:
     redis_socket_timeout: timedelta = _setting("5", _seconds(0.1, 60))
     redis_socket_connect_timeout: timedelta = _setting("5", _seconds(0.1, 60))
 
-    email_provider: str = _setting("smtp", _one_of(*PROVIDERS))
-    email_provider_fallbacks: tuple[str, ...] = _setting("", _providers)
-    provider_breaker_failures: int = _setting("5", _whole(1, 1000))
-    provider_breaker_wait: timedelta = _setting("30", _seconds(0.1, 3600))
+    email_provider: str = _setting("smtp", _one_of("sendgrid", "smtp", "ses", "memory"))
     smtp_server: str = _setting("127.0.0.1")
     smtp_port: int = _setting("587", PORT)
     smtp_username: str | None = _setting(None)
@@ -279,12 +256,10 @@ class Settings:
     smtp_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     smtp_ca_file: Path | None = _setting(None, _file)
     smtp_connections: int = _setting("8", _whole(1, 1000))
-    smtp_rate: int = _setting("0", _whole(0, 1_000_000))
     sendgrid_api_key: str | None = _setting(None, secret=True)
     sendgrid_url: str = _setting("https://api.sendgrid.com", _url)
     sendgrid_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     sendgrid_connections: int = _setting("8", _whole(1, 1000))
-    sendgrid_rate: int = _setting("0", _whole(0, 1_000_000))
     sendgrid_webhook_secret: str | None = _setting(None, _verification_key, secret=True)
     sendgrid_webhook_max_age: timedelta = _setting("600", _seconds(1, 86400))
     aws_region: str | None = _setting(None, _name)
@@ -294,16 +269,8 @@ class Settings:
     ses_configuration_set: str | None = _setting(None, _name)
     ses_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     ses_connections: int = _setting("8", _whole(1, 1000))
-    ses_rate: int = _setting("0", _whole(0, 1_000_000))
     ses_topic_arns: tuple[str, ...] = _setting("", _list)
     bounce_domain: str | None = _setting(None, _name)
-    bounce_host: str = _setting("127.0.0.1")
-    bounce_port: int = _setting("2525", PORT)
-
-    webhook_timeout: timedelta = _setting("30", _seconds(0.1, 300))
-    webhook_max_retries: int = _setting("3", _whole(0, 20))
-    webhook_allowed_networks: tuple[str, ...] = _setting("", _networks)
-    webhook_allow_http: bool = _setting("false", _boolean)
 
     from_email: str | None = _setting(None, _address)
     from_name: str = _setting("")
@@ -396,11 +363,6 @@ class Settings:
         }
 
     @property
-    def email_providers(self) -> tuple[str, ...]:
-        """The provider of EMAIL_PROVIDER and its fall-backs, in the order in which they are tried."""
-        return (self.email_provider, *self.email_provider_fallbacks)
-
-    @property
     def doorbell_channel(self) -> str:
         """The Redis channel on which the API says that messages were committed."""
         return f"{self.email_queue_name}:doorbell"
@@ -429,10 +391,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     lanes = {values[f"email_queue_priority_{name}"] for name in ("high", "normal", "low")}
     dkim = [values[name] for name in ("dkim_domain", "dkim_selector", "dkim_private_key")]
     tls = (values["ssl_certfile"], values["ssl_keyfile"])
-    providers = (values["email_provider"], *values["email_provider_fallbacks"])
     checks = {
-        "EMAIL_PROVIDER_FALLBACKS: must not name EMAIL_PROVIDER": len(set(providers)) < len(providers),
-        "AWS_REGION: must be set for the provider ses": "ses" in providers and not values["aws_region"],
+        "AWS_REGION: must be set for the provider ses": values["email_provider"] == "ses" and not values["aws_region"],
         "AWS_SECRET_ACCESS_KEY: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together": bool(
             values["aws_access_key_id"]
         )

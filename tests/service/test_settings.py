@@ -52,6 +52,8 @@ def test_every_bad_value_is_named_at_once_with_what_to_write() -> None:
         ({"DATABASE_URL": "postgresql://h/x?sslmode=sometimes"}, "DATABASE_URL"),
         ({"DATABASE_URL": "postgresql://h/x?channel_binding=require"}, "DATABASE_URL"),
         ({"REDIS_URL": "memcached://h"}, "REDIS_URL"),
+        ({"EMAIL_PROVIDER": "ses"}, "AWS_REGION"),
+        ({"AWS_ACCESS_KEY_ID": "AKIA"}, "AWS_SECRET_ACCESS_KEY"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(variables: dict[str, str], named: str) -> None:
