@@ -578,10 +578,11 @@ begin
         execute format('revoke execute on function %I from public', name);
         execute format('grant execute on function %I to neoforge_api, neoforge_migrator', name);
     end loop;
-    foreach name in array array['due_users', 'claim', 'attempt', 'renew', 'release', 'hold', 'resend',
-            'confirm', 'tell', 'accepted_at', 'complete', 'record_events', 'taken_by_another', 'sweep', 'expire', 'forget_idempotency_keys'] loop
+    foreach name in array array['due_users', 'claim', 'attempt', 'renew', 'release', 'hold', 'tell', 'accepted_at', 'complete',
+            'record_events', 'taken_by_another', 'sweep', 'expire', 'forget_idempotency_keys'] loop
         execute format('revoke execute on function %I from public', name);
         execute format('grant execute on function %I to neoforge_worker', name);
     end loop;
+    revoke execute on function resend, confirm from public, neoforge_worker; -- an operator decides, as neoforge_migrator
     grant execute on function queue_stats to neoforge_worker;
 end $$;

@@ -489,8 +489,17 @@ async def test_the_api_role_may_do_nothing_but_accept_and_read(api: Pool, statem
 
 @pytest.mark.parametrize(
     "statement",
-    ["delete from email_messages", "select * from api_keys", "create table mine (id int)", "delete from email_events"],
+    [
+        "delete from email_messages",
+        "select * from api_keys",
+        "create table mine (id int)",
+        "delete from email_events",
+        "select resend('{}')",
+        "select confirm('{}')",
+    ],
 )
-async def test_the_worker_role_may_not_touch_what_was_sent(worker: Pool, statement: str) -> None:
+async def test_the_worker_role_may_neither_touch_what_was_sent_nor_decide_for_an_operator(
+    worker: Pool, statement: str
+) -> None:
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await worker.execute(statement)
