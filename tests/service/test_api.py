@@ -228,6 +228,33 @@ async def test_metadata_of_the_greatest_depth_can_be_read_back(api: Api) -> None
     assert (await api.get(accepted["id"])).json()["metadata"] == metadata
 
 
+@pytest.mark.parametrize(
+    ("variables", "changes", "field"),
+    [
+        ({"EMAIL_PROVIDER": "sendgrid"}, {"to": [], "cc": "ada@example.net"}, "to"),
+        (
+            {"EMAIL_PROVIDER": "ses", "AWS_REGION": "eu-west-1"},
+            {"headers": {"X-SES-CONFIGURATION-SET": "mine"}},
+            "headers.X-SES-CONFIGURATION-SET",
+        ),
+    ],
+)
+async def test_what_the_provider_cannot_do_is_refused_and_never_dropped(
+    make_settings: Callable[..., Settings],
+    database: Database,
+    variables: dict[str, str],
+    changes: dict[str, Any],
+    field: str,
+) -> None:
+    async with running(make_settings("api", **variables)) as client:
+        headers = {"Authorization": f"Bearer {await a_key(database)}"}
+        message = {"to": "ada@example.net", "subject": "Your order", "text": "It has left."}
+        answer = await client.post("/api/v1/emails", json={**message, **changes}, headers=headers)
+        assert answer.status_code == 422
+        assert [error["field"] for error in answer.json()["errors"]] == [field]
+        assert (await client.post("/api/v1/emails", json=message, headers=headers)).status_code == 202
+
+
 async def test_a_sender_is_asked_for_where_there_is_no_default(
     make_settings: Callable[..., Settings], database: Database
 ) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from neoforge_email import providers
 from neoforge_email.addresses import check_header, parse_mailbox
 from neoforge_email.errors import FieldError, MalformedBody, ValidationFailed
 from neoforge_email.message import Draft, Kind, Mailbox
@@ -130,11 +131,12 @@ def _explain(body: bytes, message: str) -> list[FieldError]:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a request may leave out, and which lane a priority means."""
+    """What a request may leave out, which lane a priority means, and what the provider cannot do."""
 
     sender: Mailbox | None
     reply_to: Mailbox | None
     lanes: Mapping[str, int]
+    unsupported: Callable[[Draft], list[FieldError]]
 
     @classmethod
     def of(cls, settings: Settings) -> Rules:
@@ -142,6 +144,7 @@ class Rules:
             sender=Mailbox(settings.from_email, settings.from_name) if settings.from_email else None,
             reply_to=Mailbox(settings.reply_to_email) if settings.reply_to_email else None,
             lanes=settings.lanes,
+            unsupported=providers.unsupported(settings),
         )
 
 
@@ -169,7 +172,7 @@ def draft(request: EmailRequest, user_id: int, idempotency_key: bytes | None, ru
         errors.append({"field": "Idempotency-Key", "message": message})
     if errors or sender is None:
         raise ValidationFailed("Some fields cannot be accepted.", errors=errors)
-    return Draft(
+    checked = Draft(
         user_id=user_id,
         lane=rules.lanes[request.priority],
         sender=sender,
@@ -185,6 +188,9 @@ def draft(request: EmailRequest, user_id: int, idempotency_key: bytes | None, ru
         on_uncertain=request.on_uncertain,
         body_hash=hashlib.sha256(_encode_canonical(request)).digest() if idempotency_key else b"",
     )
+    if errors := rules.unsupported(checked):
+        raise ValidationFailed("The provider cannot do all that this message asks for.", errors=errors)
+    return checked
 
 
 def _mailbox(field: str, text: str, errors: list[FieldError]) -> Mailbox | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from neoforge_email.dkim import Signer
-from neoforge_email.errors import SettingsError
+from neoforge_email.errors import FieldError, SettingsError
+from neoforge_email.message import Draft
+from neoforge_email.providers import ses
 from neoforge_email.providers.base import Provider
 from neoforge_email.providers.memory import MemoryProvider
-from neoforge_email.providers.ses import SesProvider
 from neoforge_email.providers.smtp import SmtpProvider
 from neoforge_email.settings import Settings
 
@@ -22,7 +25,7 @@ def create(settings: Settings) -> Provider:
             signer=signer,
         )
     if settings.email_provider == "ses":
-        return SesProvider(
+        return ses.SesProvider(
             region=settings.aws_region or "",  # never empty: the settings see to it
             access_key_id=settings.aws_access_key_id,
             secret_access_key=settings.aws_secret_access_key,
@@ -59,6 +62,17 @@ def create(settings: Settings) -> Provider:
         )
     except ValueError as error:
         raise SettingsError(str(error)) from None
+
+
+def unsupported(settings: Settings) -> Callable[[Draft], list[FieldError]]:
+    """What the provider of EMAIL_PROVIDER cannot do for a message, by field of its request."""
+    if settings.email_provider == "ses":
+        return ses.unsupported
+    if settings.email_provider == "sendgrid":
+        from neoforge_email.providers import sendgrid
+
+        return sendgrid.unsupported
+    return lambda _: []
 
 
 def _signer(settings: Settings) -> Signer | None:
