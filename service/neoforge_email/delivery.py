@@ -39,6 +39,7 @@ from .observability import (
     PROVIDER_UP,
 )
 from .outbox import Claim, Completion
+from .patience import patiently
 from .providers.base import Connection, Outcome, Provider, Result, Scope
 from .settings import Settings
 
@@ -391,19 +392,7 @@ class Delivery:
                 held[email_id].until = began + self._lease.total_seconds()
 
     async def _patiently(self, operation: str, call: Callable[..., Awaitable[T]], *arguments: object) -> T:
-        """Call until the database answers; each failure is counted, the first of a row is logged."""
-        failures = 0
-        while True:
-            try:
-                return await call(*arguments)
-            except UNSTORABLE:
-                raise
-            except UNAVAILABLE as error:
-                DATABASE_ERRORS.labels(operation).inc()
-                if not failures:
-                    log.warning("database.unavailable", operation=operation, reason=type(error).__name__)
-                failures += 1
-                await asyncio.sleep(min(0.1 * 2**failures, self._error_interval))
+        return await patiently(operation, lambda: call(*arguments), self._error_interval)
 
 
 CALL_FAILED = Result(Outcome.UNCERTAIN, Scope.MESSAGE, "the provider's call failed inside the worker")

@@ -9,9 +9,9 @@ error and holds up nothing else; what is about a message that is not known yet i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
+from typing import cast
 from uuid import UUID
 
 import asyncpg
@@ -22,12 +22,11 @@ from neoforge_email.db import UNAVAILABLE, UNSTORABLE, Connection, Pool
 from neoforge_email.inbound import Event, dsn, receipts, sendgrid, ses
 from neoforge_email.inbound.receipts import Outcome, Receipt
 from neoforge_email.inbound.values import line
-from neoforge_email.observability import DATABASE_ERRORS, EMAILS_DUPLICATE, PROVIDER_EVENTS, PROVIDER_RECEIPTS
+from neoforge_email.observability import EMAILS_DUPLICATE, PROVIDER_EVENTS, PROVIDER_RECEIPTS
+from neoforge_email.patience import patiently
 from neoforge_email.settings import Settings
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 BATCH = 200
 BATCH_BYTES = 16 << 20
@@ -83,7 +82,7 @@ class Normaliser:
         """Work until `stop`; woken by the doorbell and its own timer."""
         while not self._stopping:
             self._wake.clear()
-            if await self._patiently(self._work):
+            if await patiently("normalise", self._work, self._error_interval):
                 continue
             self._idle.set()
             await asyncio.sleep(PAUSE)
@@ -113,19 +112,6 @@ class Normaliser:
             EMAILS_DUPLICATE.labels(provider).inc()
             log.error("email.duplicate", email_id=str(email_id), provider=provider)
         return len(batch)
-
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Call until the database answers; each failure is counted, the first of a row is logged."""
-        failures = 0
-        while True:
-            try:
-                return await call()
-            except UNAVAILABLE as error:
-                DATABASE_ERRORS.labels("normalise").inc()
-                if not failures:
-                    log.warning("database.unavailable", operation="normalise", reason=type(error).__name__)
-                failures += 1
-                await asyncio.sleep(min(0.1 * 2**failures, self._error_interval))
 
 
 def _read(receipt: Receipt) -> _Work:
