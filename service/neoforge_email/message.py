@@ -80,6 +80,10 @@ def parse_attempt(text: str) -> tuple[UUID, int] | None:
     return (UUID(match[1]), int(match[2])) if match else None
 
 
+Policy = Literal["resend", "hold"]
+"""What happens to a message where it stays unknown whether a provider took it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A message that has been validated and not yet been accepted. `lane` is the number of its priority."""
@@ -97,6 +101,6 @@ class Draft:
     recipients: list[tuple[Kind, Mailbox]]
     idempotency_key: str | None
     body_hash: bytes
-    on_uncertain: Literal["resend", "hold"] = "resend"
+    on_uncertain: Policy = "resend"
     content_id: UUID | None = None
     """Drafts of one request that share their bodies carry the same id; these are then stored once."""

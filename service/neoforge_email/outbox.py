@@ -525,7 +525,7 @@ async def ensure_partitions(pool: Pool, months_ahead: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class QueueStat:
-    """A state of the queue, how many messages stand in it, and how many seconds ago the oldest was accepted."""
+    """A state, how many stand in it, and the age of the oldest: of messages since they were accepted."""
 
     state: str
     size: int

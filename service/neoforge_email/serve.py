@@ -13,6 +13,7 @@ import uvicorn
 
 from . import db, outbox
 from .errors import NeoforgeError, SettingsError
+from .inbound import receipts
 from .settings import Settings
 
 
@@ -80,21 +81,26 @@ class _Queue:
         oldest = GaugeMetricFamily(
             "email_oldest_age_seconds", "Since the oldest message in this state was accepted", labels=["state"]
         )
+        receipts_size = GaugeMetricFamily("provider_receipts_size", "Unfinished reports of providers", labels=["state"])
+        receipts_oldest = GaugeMetricFamily(
+            "provider_receipts_oldest_age_seconds", "Since the oldest report is in this state", labels=["state"]
+        )
         up = GaugeMetricFamily("email_database_up", "PostgreSQL answered")
         try:
-            stats = asyncio.run(self._stats())
+            messages, reports = asyncio.run(self._stats())
         except (NeoforgeError, *db.UNAVAILABLE):
             up.add_metric([], 0)
         else:
             up.add_metric([], 1)
-            for stat in stats:
-                size.add_metric([stat.state], stat.size)
-                oldest.add_metric([stat.state], stat.oldest_seconds)
-        yield from (size, oldest, up)
+            for stats, sizes, ages in ((messages, size, oldest), (reports, receipts_size, receipts_oldest)):
+                for stat in stats:
+                    sizes.add_metric([stat.state], stat.size)
+                    ages.add_metric([stat.state], stat.oldest_seconds)
+        yield from (size, oldest, receipts_size, receipts_oldest, up)
 
-    async def _stats(self) -> list[outbox.QueueStat]:
+    async def _stats(self) -> tuple[list[outbox.QueueStat], list[outbox.QueueStat]]:
         connection = await db.connect(self._settings.database_url, "neoforge-metrics")
         try:
-            return await outbox.queue_stats(connection)
+            return await outbox.queue_stats(connection), await receipts.stats(connection)
         finally:
             await connection.close()

@@ -205,6 +205,8 @@ def test_two_processes_show_their_metrics_on_one_port(serve: Callable[..., Serve
     assert samples['emails_accepted_total{priority="normal"}'] == "20.0"
     assert samples['email_queue_size{state="queued"}'] == "20.0"
     assert float(samples['email_oldest_age_seconds{state="queued"}']) > 0
+    assert samples['provider_receipts_size{state="waiting"}'] == "0.0"
+    assert samples['provider_receipts_oldest_age_seconds{state="unmatched"}'] == "0.0"
     assert served.stop() == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(served.metrics_url)

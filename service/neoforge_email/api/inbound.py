@@ -76,7 +76,7 @@ def routes(slot: Slot, fetch: sns.Fetch) -> Sequence[HTTPRouteHandler]:
                 name="X-Twilio-Email-Event-Webhook-Signature", description="ECDSA over time stamp and body, base64."
             ),
         ] = None,
-        timestamp: Annotated[  # noqa: ARG001
+        timestamp: Annotated[  # noqa: ARG001 - likewise
             str | None,
             HeaderParameter(
                 name="X-Twilio-Email-Event-Webhook-Timestamp", description="Seconds since 1970; has to be recent."

@@ -13,7 +13,7 @@ import msgspec
 from neoforge_email import providers
 from neoforge_email.addresses import check_header, parse_mailbox
 from neoforge_email.errors import FieldError, MalformedBody, ValidationFailed
-from neoforge_email.message import Draft, Kind, Mailbox
+from neoforge_email.message import Draft, Kind, Mailbox, Policy
 from neoforge_email.settings import Settings
 
 MAX_RECIPIENTS = 50
@@ -31,7 +31,6 @@ _LINE_BREAK = re.compile("[\x00\r\n]")
 
 Addresses = str | list[str]
 Priority = Literal["high", "normal", "low"]
-Policy = Literal["resend", "hold"]
 
 
 def _about(description: str, example: Any, **schema: Any) -> msgspec.Meta:

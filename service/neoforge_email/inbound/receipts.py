@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 
 from neoforge_email.db import UNAVAILABLE, Connection, Pool
 from neoforge_email.errors import DatabaseUnavailable
+from neoforge_email.outbox import QueueStat
 
 LIMIT = timedelta(seconds=8)
 """For storing: SendGrid and SNS wait 10 and 15 seconds for an answer, and send again what had none."""
@@ -77,19 +78,11 @@ async def settle(
     return {row["id"]: row["state"] for row in rows}
 
 
-@dataclass(frozen=True, slots=True)
-class ReceiptStat:
-    """How many receipts stand in a state, and for how many seconds the oldest has."""
-
-    state: str
-    size: int
-    oldest_seconds: float
-
-
-async def stats(pool: Pool | Connection) -> list[ReceiptStat]:
-    """Receipts that are `waiting` (due), `postponed`, `unmatched` or `malformed`; every state is there, empty ones too."""
+async def stats(pool: Pool | Connection) -> list[QueueStat]:
+    """Receipts that are `waiting` (due), `postponed`, `unmatched` or `malformed`, since when the oldest has been so; every state
+    is there, empty ones too."""
     rows = await pool.fetch("select state, size, oldest_seconds from receipt_stats()")
-    return [ReceiptStat(row["state"], row["size"], row["oldest_seconds"]) for row in rows]
+    return [QueueStat(row["state"], row["size"], row["oldest_seconds"]) for row in rows]
 
 
 async def forget(pool: Pool, *, done: timedelta, other: timedelta, most: int = 20_000) -> int:

@@ -23,7 +23,7 @@ from neoforge_email.lifecycle import EventType
 from .values import address, detail, line, read_object, unix_time
 
 if TYPE_CHECKING:
-    from sendgrid.helpers.eventwebhook import EventWebhook  # type: ignore[import-untyped]
+    from sendgrid.helpers.eventwebhook import EventWebhook  # type: ignore[import-untyped]  # the package has no types
 
 SIGNATURE = b"x-twilio-email-event-webhook-signature"
 TIMESTAMP = b"x-twilio-email-event-webhook-timestamp"

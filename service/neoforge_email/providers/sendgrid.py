@@ -32,9 +32,9 @@ from uuid import UUID
 
 import aiohttp
 import msgspec
-from sendgrid.helpers import mail  # type: ignore[import-untyped]
-from sendgrid.helpers.mail.exceptions import ApiKeyIncludedException  # type: ignore[import-untyped]
-from sendgrid.helpers.mail.validators import ValidateApiKey  # type: ignore[import-untyped]
+from sendgrid.helpers import mail  # type: ignore[import-untyped]  # the package has no types
+from sendgrid.helpers.mail.exceptions import ApiKeyIncludedException  # type: ignore[import-untyped]  # likewise
+from sendgrid.helpers.mail.validators import ValidateApiKey  # type: ignore[import-untyped]  # likewise
 
 from neoforge_email.errors import FieldError, ProviderUnavailable
 from neoforge_email.message import Draft, Kind, Mailbox, Message, Recipient
