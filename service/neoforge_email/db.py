@@ -71,9 +71,9 @@ async def create_pool(settings: Settings, url: DatabaseUrl, purpose: str) -> Poo
 
 @asynccontextmanager
 async def read_session(pool: Pool, user_id: int) -> AsyncIterator[Connection]:
-    """A read-only transaction that sees the rows of one user. Raises DatabaseUnavailable."""
+    """A read-only transaction that sees the rows of one user, all as of one moment. Raises DatabaseUnavailable."""
     try:
-        async with pool.acquire() as connection, connection.transaction(readonly=True):
+        async with pool.acquire() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
             await connection.execute("select set_config('app.current_user_id', $1, true)", str(user_id))
             yield cast("Connection", connection)
     except UNAVAILABLE as error:

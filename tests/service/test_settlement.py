@@ -57,8 +57,9 @@ REPORTED = [
 class Way:
     """One message on its way by hand: every step that a worker takes, when the test says so."""
 
-    def __init__(self, intake: Intake, worker: Pool, superuser: db.Connection) -> None:
+    def __init__(self, intake: Intake, api: Pool, worker: Pool, superuser: db.Connection) -> None:
         self.intake = intake
+        self.api = api
         self.worker = worker
         self.superuser = superuser
 
@@ -145,7 +146,7 @@ async def way(database: Database, settings: Settings, worker_settings: Settings)
     ):
         intake = Intake(api, expire_after=timedelta(hours=24), on_commit=lambda: None)
         await intake.start()
-        yield Way(intake, worker, superuser)
+        yield Way(intake, api, worker, superuser)
         await intake.close()
     await superuser.close()
 

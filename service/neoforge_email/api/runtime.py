@@ -37,10 +37,16 @@ class Runtime:
 
     async def get_email(self, user_id: int, email_id: UUID) -> records.Email | None:
         """A replica may lag behind a message that was accepted a moment ago, so the primary has the last word."""
-        email = await records.get_email(self.readers, user_id, email_id, self.settings.lanes)
+        email = await self._get_email(self.readers, user_id, email_id)
         if email is None and self.readers is not self.pool:
-            email = await records.get_email(self.pool, user_id, email_id, self.settings.lanes)
+            email = await self._get_email(self.pool, user_id, email_id)
         return email
+
+    async def _get_email(self, pool: Pool, user_id: int, email_id: UUID) -> records.Email | None:
+        settings = self.settings
+        return await records.get_email(
+            pool, user_id, email_id, settings.lanes, max_retries=settings.email_worker_max_retries
+        )
 
 
 def _finder(pool: Pool) -> Callable[[bytes], Awaitable[int | None]]:
