@@ -9,7 +9,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
+from uuid import UUID
 
 import click
 
@@ -193,29 +195,182 @@ def send(
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(as_json: bool) -> None:
-    """Show the queue by state with the age of the oldest message, and whether workers listen. Exit 1 if something waits
-    for more than five minutes.
+    """Show everything that waits with the age of its oldest, and whether workers listen. Exit 1 where something waits too
+    long, waits for you, is stuck, or where no worker listens.
 
     Connects by DATABASE_MIGRATE_URL and REDIS_URL.
 
     Example: neoforge status --json
     """
-    report = asyncio.run(_status(_settings()))
+    from . import backlog
+
+    async def ask() -> tuple[backlog.Backlog, int | None]:
+        return await _with_database(backlog.read), await _workers_listening()
+
+    read, listening = asyncio.run(ask())
+    faults = [f"{w.what} {w.state}: {w.fault}" for w in read.waiting if w.fault]
+    faults += [
+        f"{kind}: {count} rows are stuck; see `neoforge reconcile`" for kind, count in read.stuck.items() if count
+    ]
+    faults += [] if listening else ["no worker is known to listen"]
     if as_json:
-        click.echo(json.dumps(report))
+        click.echo(
+            _json({"waiting": read.waiting, "stuck": read.stuck, "workers_listening": listening, "faults": faults})
+        )
     else:
-        for state in report["queue"]:
-            click.echo(f"{state['state']:<10} {state['size']:>9}   oldest {state['oldest_seconds']:.0f} s")
-        listening = report["workers_listening"]
+        for w in read.waiting:
+            click.echo(
+                f"{w.what:<8} {w.state:<10} {w.size:>9}   oldest {w.oldest_seconds:>8.0f} s   {w.fault or ''}".rstrip()
+            )
+        click.echo(f"stuck    {sum(read.stuck.values()):>20}   looked for until {read.reconciled_at:%Y-%m-%d %H:%M:%S}")
         click.echo(
             "workers listening: " + ("unknown, Redis cannot be reached" if listening is None else str(listening))
         )
-    stuck = [s for s in report["queue"] if s["state"] != "scheduled" and s["oldest_seconds"] > STUCK_SECONDS]
-    if stuck or not report["workers_listening"]:
+    if faults:
         sys.exit(1)
 
 
-STUCK_SECONDS = 300
+@main.command()
+@click.argument("name", metavar="ID")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def why(name: str, as_json: bool) -> None:
+    """Say in one sentence why a message has not moved and what will happen next; then its recipients and its timeline.
+    Exit 1 if there is no such message.
+
+    ID is the message's, an attempt's, or a Message-ID. Of addresses only the domain is shown. Connects by
+    DATABASE_MIGRATE_URL and REDIS_URL.
+
+    Example: neoforge why 01a20bfa-4ebb-78c0-9472-c1c1bfced7cf
+    """
+    from . import records
+    from .why import explain, parse_id
+
+    email_id = parse_id(name)
+    if email_id is None:
+        raise click.UsageError(f"{name!r} names no message: give its id, an attempt's id, or a Message-ID")
+    retries = _settings().email_worker_max_retries
+
+    async def ask() -> records.Examined:
+        workers = await _workers_listening()
+        examined: records.Examined = await _with_database(
+            lambda connection: records.examine(connection, email_id, workers=workers, max_retries=retries)
+        )
+        return examined
+
+    examined = asyncio.run(ask())
+    sentence = explain(examined.situation)
+    if as_json:
+        report: dict[str, Any] = {"id": email_id, "state": examined.situation.state, "why": sentence}
+        click.echo(_json(report | {"recipients": examined.recipients, "timeline": examined.timeline}))
+    else:
+        lines = [sentence, ""] if examined.timeline else [sentence]
+        lines += [f"{r.recipient}: {r.status} {r.response or ''}".rstrip() for r in examined.recipients]
+        lines += [""] if examined.recipients else []
+        for entry in examined.timeline:
+            number = None if entry.attempt is None else f"attempt {entry.attempt}"
+            words = (entry.type, entry.recipient, number, entry.provider, entry.detail)
+            lines.append(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}  {'  '.join(word for word in words if word)}")
+        click.echo("\n".join(lines))
+    if not examined.situation.known:
+        sys.exit(1)
+
+
+@main.group()
+def uncertain() -> None:
+    """Messages of which nobody knows whether they were sent, and those that wait for an operator. Connects by
+    DATABASE_MIGRATE_URL."""
+
+
+@uncertain.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--most", type=click.IntRange(1), default=1000, show_default=True, help="The oldest so many.")
+def uncertain_list(as_json: bool, most: int) -> None:
+    """Show them: id, since when, state, policy, provider, user, open recipients, and why it is held.
+
+    Example: neoforge uncertain list
+    """
+    from . import uncertain as decisions
+
+    found = asyncio.run(_with_database(lambda connection: decisions.undecided(connection, most)))
+    if as_json:
+        click.echo(_json(found))
+        return
+    for it in found:
+        recipients = "1 recipient" if it.recipients == 1 else f"{it.recipients} recipients"
+        click.echo(
+            f"{it.id}  {it.since:%Y-%m-%d %H:%M:%S}  {it.state:<9}  {it.policy:<6}  {it.provider or '-':<8}  {it.user:<12}"
+            f"  {recipients:<13}  {it.reason or ''}".rstrip()
+        )
+
+
+@uncertain.command("resend")
+@click.argument("names", metavar="[ID]...", nargs=-1)
+@click.option("--all-held", is_flag=True, help="All that are held; asks for --yes.")
+@click.option("--yes", is_flag=True, help="Do so.")
+def uncertain_resend(names: tuple[str, ...], all_held: bool, yes: bool) -> None:
+    """Have messages sent, or sent again under the same Message-ID: one that was taken before arrives twice. Exit 1 if one of
+    them was left as it is.
+
+    Example: neoforge uncertain resend 01a20bfa-4ebb-78c0-9472-c1c1bfced7cf
+    """
+    from . import uncertain as decisions
+
+    if bool(names) == all_held:
+        raise click.UsageError("give the ids of messages, or --all-held")
+    if all_held and not yes:
+        raise click.UsageError("--all-held sends every held message; add --yes if you mean it")
+    ids = _ids(names)
+
+    async def decide(connection: Any) -> Any:
+        return await decisions.resend(connection, await decisions.held(connection) if all_held else ids)
+
+    _tell(asyncio.run(_with_database(decide)), "will be sent")
+
+
+@uncertain.command("confirm")
+@click.argument("names", metavar="ID...", nargs=-1, required=True)
+def uncertain_confirm(names: tuple[str, ...]) -> None:
+    """Say that messages arrived: they are not sent again. Exit 1 if one of them was left as it is.
+
+    Example: neoforge uncertain confirm 01a20bfa-4ebb-78c0-9472-c1c1bfced7cf
+    """
+    from . import uncertain as decisions
+
+    ids = _ids(names)
+    _tell(asyncio.run(_with_database(lambda connection: decisions.confirm(connection, ids))), "counts as sent")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs: one JSON object a line.")
+def reconcile(as_json: bool) -> None:
+    """Look at every row for what no rule will move again, and print it: kind, id, what is wrong. Changes nothing. Exit 1 if
+    there is any; docs/operations.md says what to do.
+
+    Example: neoforge reconcile
+    """
+    from . import reconcile as reconciler
+
+    async def look(connection: Any) -> int:
+        count, told = 0, time.monotonic()
+
+        def progress(part: str, rows: int) -> None:
+            nonlocal told
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                click.echo(f"{part}: {rows} rows …", err=True)
+
+        async for stuck in reconciler.find(connection, progress):
+            count += 1
+            click.echo(_json(stuck) if as_json else f"{stuck.kind:<26}  {stuck.id}  {stuck.what}")
+        return count
+
+    count = asyncio.run(_with_database(look))
+    click.echo("Nothing is stuck." if not count else f"{count} found.", err=True)
+    if count:
+        sys.exit(1)
+
+
+PROGRESS_SECONDS = 5
 
 
 def _settings() -> Settings:
@@ -225,34 +380,50 @@ def _settings() -> Settings:
 async def _with_database(call: Any) -> Any:
     from . import db
 
-    connection = await db.connect(_settings().database_migrate_url, "neoforge-keys")
+    connection = await db.connect(_settings().database_migrate_url, "neoforge-cli")
     try:
         return await call(connection)
     finally:
         await connection.close()
 
 
-async def _status(settings: Settings) -> dict[str, Any]:
+async def _workers_listening() -> int | None:
+    """How many workers hear the doorbell; None if Redis does not say."""
     from redis.exceptions import RedisError
 
-    from . import db, outbox
     from .redis import connect
 
-    connection = await db.connect(settings.database_migrate_url, "neoforge-status")
-    try:
-        queue = await outbox.queue_stats(connection)
-    finally:
-        await connection.close()
+    settings = _settings()
     redis = connect(settings)
-    listening: int | None
     try:
         [(_, listening)] = await redis.pubsub_numsub(settings.doorbell_channel)
     except (RedisError, OSError):
-        listening = None
+        return None
     finally:
         await redis.aclose()
-    rows = [{"state": s.state, "size": s.size, "oldest_seconds": round(s.oldest_seconds, 1)} for s in queue]
-    return {"queue": rows, "workers_listening": listening}
+    return int(listening)
+
+
+def _ids(names: tuple[str, ...]) -> list[UUID]:
+    from .why import parse_id
+
+    ids = {name: parse_id(name) for name in names}
+    if wrong := [name for name, email_id in ids.items() if email_id is None]:
+        raise click.UsageError(f"{wrong[0]!r} names no message: give its id, an attempt's id, or a Message-ID")
+    return list(dict.fromkeys(email_id for email_id in ids.values() if email_id))
+
+
+def _tell(decided: Mapping[UUID, str | None], done: str) -> None:
+    for email_id, refusal in decided.items():
+        click.echo(f"{email_id}  {'left as it is: ' + refusal if refusal else done}")
+    if any(decided.values()):
+        sys.exit(1)
+
+
+def _json(value: Any) -> str:
+    import msgspec
+
+    return msgspec.json.encode(value).decode()
 
 
 def _request(method: str, url: str, key: str, body: Any = None, headers: dict[str, str] | None = None) -> Any:

@@ -24,7 +24,7 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 PACKAGE = Path(__file__).parent
-FUNCTIONS = ("outbox.sql", "events.sql")
+FUNCTIONS = ("outbox.sql", "events.sql", "reconcile.sql")
 
 # What asyncpg raises where nothing is wrong with the statement, and the same one may succeed a moment later: the server is
 # away, restarting, a replica, full or out of memory, or a deadlock or an operator ended the transaction.

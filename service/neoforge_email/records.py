@@ -13,12 +13,13 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
+from msgspec import structs
 
 from .db import Connection, Pool, read_session
 from .lifecycle import EventType, QueueState, Status
 from .message import Kind
 from .outbox import created_at
-from .why import MANY, Operator, Situation, explain
+from .why import MANY, Operator, Situation, discreet, explain
 
 
 class Recipient(msgspec.Struct, kw_only=True):
@@ -144,7 +145,7 @@ class Examined:
 
 
 async def examine(connection: Connection, email_id: UUID, *, workers: int | None, max_retries: int) -> Examined:
-    """Any user's message, for an operator; `workers` listen to the doorbell."""
+    """Any user's message, for an operator, without the local parts of addresses; `workers` listen to the doorbell."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         rows = await _read(connection, email_id)
         if rows is None:
@@ -152,8 +153,25 @@ async def examine(connection: Connection, email_id: UUID, *, workers: int | None
         message = rows.message
         ahead = await connection.fetchval(_AHEAD, message["queue_lane"], message["due"], email_id, MANY + 1)
     situation = _situation(email_id, rows, max_retries)
-    situation = replace(situation, operator=Operator(ahead, workers, message["owner"]))
-    return Examined(situation, _recipients(rows), _timeline(rows))
+    return Examined(
+        replace(
+            situation,
+            answer=_discreet(situation.answer),
+            operator=Operator(ahead, workers, message["owner"]),
+        ),
+        [
+            structs.replace(recipient, recipient=discreet(recipient.recipient), response=_discreet(recipient.response))
+            for recipient in _recipients(rows)
+        ],
+        [
+            structs.replace(entry, recipient=_discreet(entry.recipient), detail=_discreet(entry.detail))
+            for entry in _timeline(rows)
+        ],
+    )
+
+
+def _discreet(text: str | None) -> str | None:
+    return None if text is None else discreet(text)
 
 
 async def _read(connection: Connection, email_id: UUID) -> _Rows | None:

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from . import db, outbox
+from . import backlog, db
 from .errors import NeoforgeError, SettingsError
-from .inbound import receipts
 from .settings import Settings
 
 
@@ -55,7 +54,7 @@ def _serve_metrics(settings: Settings) -> None:
 
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    registry.register(_Queue(settings))  # type: ignore[arg-type]
+    registry.register(_Backlog(settings))  # type: ignore[arg-type]
     try:
         start_http_server(settings.metrics_port, settings.metrics_host, registry)
     except OSError as error:
@@ -64,8 +63,8 @@ def _serve_metrics(settings: Settings) -> None:
         ) from None
 
 
-class _Queue:
-    """The queue's gauges, asked of the database when they are scraped: from the parent alone, not once a process."""
+class _Backlog:
+    """What waits and what is stuck, asked of the database when it is scraped: from the parent alone, not once a process."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -77,30 +76,42 @@ class _Queue:
     def collect(self) -> Iterator[object]:
         from prometheus_client.core import GaugeMetricFamily
 
-        size = GaugeMetricFamily("email_queue_size", "Unfinished messages", labels=["state"])
-        oldest = GaugeMetricFamily(
-            "email_oldest_age_seconds", "Since the oldest message in this state was accepted", labels=["state"]
-        )
-        receipts_size = GaugeMetricFamily("provider_receipts_size", "Unfinished reports of providers", labels=["state"])
-        receipts_oldest = GaugeMetricFamily(
-            "provider_receipts_oldest_age_seconds", "Since the oldest report is in this state", labels=["state"]
-        )
         up = GaugeMetricFamily("email_database_up", "PostgreSQL answered")
         try:
-            messages, reports = asyncio.run(self._stats())
+            read = asyncio.run(self._read())
         except (NeoforgeError, *db.UNAVAILABLE):
             up.add_metric([], 0)
-        else:
-            up.add_metric([], 1)
-            for stats, sizes, ages in ((messages, size, oldest), (reports, receipts_size, receipts_oldest)):
-                for stat in stats:
-                    sizes.add_metric([stat.state], stat.size)
-                    ages.add_metric([stat.state], stat.oldest_seconds)
-        yield from (size, oldest, receipts_size, receipts_oldest, up)
+            yield up
+            return
+        up.add_metric([], 1)
+        yield up
+        for what, (size_name, age_name, of) in GAUGES.items():
+            size = GaugeMetricFamily(size_name, of, labels=["state"])
+            oldest = GaugeMetricFamily(age_name, f"Age of the oldest: {of}", labels=["state"])
+            for waiting in read.waiting:
+                if waiting.what == what:
+                    size.add_metric([waiting.state], waiting.size)
+                    oldest.add_metric([waiting.state], waiting.oldest_seconds)
+            yield from (size, oldest)
+        stuck = GaugeMetricFamily("reconciler_stuck_rows", "Rows that no rule will move again", labels=["kind"])
+        for kind, count in read.stuck.items():
+            stuck.add_metric([kind], count)
+        yield stuck
+        yield GaugeMetricFamily(
+            "reconciler_last_success_timestamp_seconds",
+            "When the reconciler last did all of its work",
+            value=read.reconciled_at.timestamp(),
+        )
 
-    async def _stats(self) -> tuple[list[outbox.QueueStat], list[outbox.QueueStat]]:
+    async def _read(self) -> backlog.Backlog:
         connection = await db.connect(self._settings.database_url, "neoforge-metrics")
         try:
-            return await outbox.queue_stats(connection), await receipts.stats(connection)
+            return await backlog.read(connection)
         finally:
-            await connection.close()
+            await connection.close(timeout=1)
+
+
+GAUGES = {
+    "email": ("email_queue_size", "email_oldest_age_seconds", "Unfinished messages, by acceptance"),
+    "receipt": ("provider_receipts_size", "provider_receipts_oldest_age_seconds", "Reports of providers"),
+}

@@ -72,6 +72,14 @@ def parse_id(text: str) -> UUID | None:
     return UUID(match[1]) if match else None
 
 
+_LOCAL_PART = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^\s<>@",:;()]+)@(?=[A-Za-z0-9\[])')
+
+
+def discreet(text: str) -> str:
+    """The text with the local part of every address left out: whoever is on call needs the domain at most."""
+    return _LOCAL_PART.sub("…@", text)
+
+
 def explain(it: Situation) -> str:
     """One sentence, without a line break, that ends with a full stop."""
     if not it.known:

@@ -9,6 +9,7 @@ ends, deliveries pause, and systemd brings the worker back. `WorkerSettings` is 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from prometheus_client import start_http_server
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from . import db, outbox, providers
+from . import db, outbox, providers, reconcile
 from .delivery import Delivery
 from .errors import SettingsError
 from .inbound import receipts
@@ -79,6 +80,7 @@ def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any
             cron(ensure_partitions, minute=7, second=0, run_at_startup=True, keep_result=0),
             cron(expire, second=30, keep_result=0),
             cron(forget_idempotency_keys, minute={3, 33}, second=0, keep_result=0),
+            cron(reconcile_rows, second=45, keep_result=0),
             cron(forget_receipts, minute={13, 43}, second=0, keep_result=0),
         ],
         "ctx": {"settings": settings, "burst": burst},
@@ -176,6 +178,14 @@ async def forget_receipts(ctx: dict[str, Any]) -> None:
         log.info("receipts.forgotten", receipts=count)
     while count := await receipts.forget_provider_message_ids(ctx["pool"], PROVIDER_MESSAGE_IDS_KEPT):
         log.info("provider_message_ids.forgotten", ids=count)
+
+
+async def reconcile_rows(ctx: dict[str, Any]) -> None:
+    """Look for rows that no rule will move again."""
+    found = sorted(await reconcile.run(ctx["pool"]), key=lambda stuck: (stuck.kind, stuck.id))
+    for kind, group in itertools.groupby(found, key=lambda stuck: stuck.kind):
+        ids = [stuck.id for stuck in group]
+        log.error("reconciler.found", kind=kind, count=len(ids), first_id=ids[0])
 
 
 def _end_process_if_lost(task: asyncio.Task[None]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from neoforge_email.lifecycle import QueueState
 from tests.support import Database
 
 from .test_api_process import NEOFORGE, Served, base_environment, serve, stored
@@ -36,7 +37,22 @@ def neoforge(environment: dict[str, str]) -> Run:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "worker", "migrate", "keys create", "keys list", "keys revoke", "send", "status"]
+    "command",
+    [
+        "serve",
+        "worker",
+        "migrate",
+        "keys create",
+        "keys list",
+        "keys revoke",
+        "send",
+        "status",
+        "why",
+        "uncertain list",
+        "uncertain resend",
+        "uncertain confirm",
+        "reconcile",
+    ],
 )
 def test_every_command_has_help_with_an_example(neoforge: Run, command: str) -> None:
     done = neoforge(*command.split(), "--help")
@@ -140,13 +156,10 @@ def test_status_counts_the_queue_and_fails_where_no_worker_listens(neoforge: Run
     done = neoforge("status", "--json")
     assert done.returncode == 1
     report = json.loads(done.stdout)
-    assert {row["state"]: row["size"] for row in report["queue"]} == {
-        "scheduled": 0,
-        "queued": 0,
-        "leased": 0,
-        "uncertain": 0,
-        "held": 0,
-    }
+    assert {row["state"] for row in report["waiting"] if row["what"] == "email"} == set(QueueState)
+    assert {row["what"] for row in report["waiting"]} == {"email", "receipt"}
+    assert {row["size"] for row in report["waiting"]} == {0}
+    assert report["faults"] == ["no worker is known to listen"]
     assert report["workers_listening"] == 0
     assert "workers listening: 0" in neoforge("status").stdout
     away = neoforge("status", REDIS_URL="redis://127.0.0.1:1/0")

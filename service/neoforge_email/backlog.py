@@ -1,0 +1,71 @@
+"""What waits, of everything that can: for the metrics and `neoforge status`. One connection, one statement, little time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import msgspec
+
+from .db import Connection
+from .reconcile import KINDS
+
+SECONDS = 5.0
+"""A scrape ends within 10 seconds."""
+
+DEAD = {("email", "held"), ("receipt", "malformed")}
+"""States that only a person ends."""
+
+TOO_LONG = {
+    ("email", "queued"): 300,
+    ("email", "leased"): 300,
+    ("email", "uncertain"): 3600,
+    ("receipt", "waiting"): 300,
+}
+"""Seconds after which something is wrong with what stands in these states; in others waiting is their purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """How many messages, provider receipts or webhook deliveries (`what`) stand in a state, and the age of the oldest."""
+
+    what: str
+    state: str
+    size: int
+    oldest_seconds: float
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it, if anything is."""
+        if self.size and (self.what, self.state) in DEAD:
+            return "waits for you"
+        if self.oldest_seconds > TOO_LONG.get((self.what, self.state), float("inf")):
+            return "waits too long"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Everything that waits; `stuck` counts rows that no rule moves by kind (all kinds), as of `reconciled_at`."""
+
+    waiting: list[Waiting]
+    stuck: dict[str, int]
+    reconciled_at: datetime
+
+
+async def read(connection: Connection) -> Backlog:
+    """Raises TimeoutError after SECONDS, among what the database raises."""
+    rows = await connection.fetch(WAITING, timeout=SECONDS)
+    stuck = await connection.fetchrow("select sizes::text as sizes, checked_at from stuck_stats()", timeout=SECONDS)
+    assert stuck is not None
+    return Backlog(
+        [Waiting(row["what"], row["state"], row["size"], row["oldest_seconds"]) for row in rows],
+        dict.fromkeys(KINDS, 0) | msgspec.json.decode(stuck["sizes"]),
+        stuck["checked_at"],
+    )
+
+
+WAITING = """
+select 'email' as what, * from queue_stats()
+union all select 'receipt', * from receipt_stats()
+"""
