@@ -13,21 +13,21 @@ from .reconcile import KINDS
 SECONDS = 5.0
 """A scrape ends within 10 seconds."""
 
-DEAD = {("email", "held"), ("receipt", "malformed")}
+DEAD = {("queue", "held"), ("receipts", "malformed")}
 """States that only a person ends."""
 
 TOO_LONG = {
-    ("email", "queued"): 300,
-    ("email", "leased"): 300,
-    ("email", "uncertain"): 3600,
-    ("receipt", "waiting"): 300,
+    ("queue", "queued"): 300,
+    ("queue", "leased"): 300,
+    ("queue", "uncertain"): 3600,
+    ("receipts", "waiting"): 300,
 }
 """Seconds after which something is wrong with what stands in these states; in others waiting is their purpose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """How many messages, provider receipts or webhook deliveries (`what`) stand in a state, and the age of the oldest."""
+    """How many messages (`what` is `queue`) or provider's `receipts` stand in a state, and the age of the oldest."""
 
     what: str
     state: str
@@ -66,6 +66,6 @@ async def read(connection: Connection) -> Backlog:
 
 
 WAITING = """
-select 'email' as what, * from queue_stats()
-union all select 'receipt', * from receipt_stats()
+select 'queue' as what, * from queue_stats()
+union all select 'receipts', * from receipt_stats()
 """

@@ -214,9 +214,11 @@ def status(as_json: bool) -> None:
     ]
     faults += [] if listening else ["no worker is known to listen"]
     if as_json:
-        click.echo(
-            _json({"waiting": read.waiting, "stuck": read.stuck, "workers_listening": listening, "faults": faults})
-        )
+        report: dict[str, Any] = {}
+        for w in read.waiting:
+            row = {"state": w.state, "size": w.size, "oldest_seconds": round(w.oldest_seconds, 1)}
+            report.setdefault(w.what, []).append(row)
+        click.echo(_json(report | {"stuck": read.stuck, "workers_listening": listening, "faults": faults}))
     else:
         for w in read.waiting:
             click.echo(

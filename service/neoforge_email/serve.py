@@ -112,6 +112,6 @@ class _Backlog:
 
 
 GAUGES = {
-    "email": ("email_queue_size", "email_oldest_age_seconds", "Unfinished messages, by acceptance"),
-    "receipt": ("provider_receipts_size", "provider_receipts_oldest_age_seconds", "Reports of providers"),
+    "queue": ("email_queue_size", "email_oldest_age_seconds", "Unfinished messages, by acceptance"),
+    "receipts": ("provider_receipts_size", "provider_receipts_oldest_age_seconds", "Reports of providers"),
 }

@@ -157,4 +157,4 @@ async def test_status_fails_where_something_is_held(way: Way, ask: Any) -> None:
     await lost(way)
     code, lines, _ = await ask("status")
     assert code == 1
-    assert any(line.split()[:3] == ["email", "held", "1"] and line.endswith("waits for you") for line in lines)
+    assert any(line.split()[:3] == ["queue", "held", "1"] and line.endswith("waits for you") for line in lines)
