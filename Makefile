@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help demo test lint test-service test-demo test-fleet test-long fleet fleet-destroy fleet-tools bench locks clean
+.PHONY: help demo test lint test-service test-demo test-rules test-fleet test-long fleet fleet-destroy fleet-tools bench locks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,7 +13,7 @@ help: ## list the targets
 demo: .venv/demo.stamp ## run the whole service on this computer, without root, until Ctrl-C (ARGS="--check", "--fresh", "--help")
 	@$(BIN)/neoforge demo $(ARGS)
 
-test: lint test-service test-demo ## everything: lint, service, demo, fleet
+test: lint test-rules test-service test-demo ## everything: lint, alert rules, service, demo, fleet
 	@.ci/fleet-or-say-so
 
 lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck, and the example inventories
@@ -31,6 +31,10 @@ test-service: .venv/development.stamp ## the service against real PostgreSQL and
 
 test-demo: .venv/development.stamp ## the demo, end to end
 	$(BIN)/pytest tests/service/test_demo.py
+
+test-rules: ## the alert rules: each fires where it should, and only there
+	.ci/promtool check rules files/prometheus/neoforge.rules.yml
+	.ci/promtool test rules files/prometheus/neoforge.rules.test.yml
 
 # Machines of their own, so that those of `make fleet` stay.
 test-fleet: export FLEET_SET ?= 9

@@ -52,6 +52,13 @@ def test_the_queue_is_measured_by_state(fleet: Fleet, metric: str) -> None:
     assert {row["metric"]["state"] for row in query(fleet, metric)} >= {"queued", "leased", "scheduled", "uncertain"}
 
 
+def test_the_alerts_are_loaded_and_none_is_broken(fleet: Fleet) -> None:
+    assert query(fleet, "prometheus_config_last_reload_successful")[0]["value"][1] == "1"
+    groups = query(fleet, 'prometheus_rule_group_rules{rule_group=~".*neoforge.rules.yml.*"}')
+    assert sum(int(row["value"][1]) for row in groups) >= 13
+    assert [row for row in query(fleet, "prometheus_rule_evaluation_failures_total") if row["value"][1] != "0"] == []
+
+
 def test_the_exporters_rights_end_at_statistics(fleet: Fleet) -> None:
     command = 'cd /; runuser -u postgres -- psql -XAtq -d neoforge_prod -c "{}"'
     machine = fleet.groups["postgresql"][0]
