@@ -77,6 +77,20 @@ def worker(burst: bool, check: bool) -> None:
 
 
 @main.command()
+def bounces() -> None:
+    """Take bounces and complaints by mail on BOUNCE_HOST:BOUNCE_PORT, for the return paths at BOUNCE_DOMAIN.
+
+    Example: BOUNCE_DOMAIN=bounces.example.com BOUNCE_PORT=25 neoforge bounces
+    """
+    from .bounces import run
+    from .observability import configure_logging
+
+    settings = _settings()
+    configure_logging(settings)
+    asyncio.run(run(settings))
+
+
+@main.command()
 def migrate() -> None:
     """Bring the database's schema and functions to this version. A second run changes nothing.
 

@@ -35,6 +35,7 @@ EMAIL_DELIVERY = Histogram(
 EMAIL_CLAIMED = Counter("email_claimed_total", "Messages leased by this worker", ["provider"])
 EMAIL_IN_FLIGHT = Gauge("email_in_flight", "Messages leased by this worker now", ["provider"])
 PROVIDER_UP = Gauge("email_provider_up", "The last connection to the provider succeeded", ["provider"])
+BOUNCES_RECEIVED = Counter("bounces_received_total", "Mails that came to the bounce listener", ["result"])
 DATABASE_ERRORS = Counter("database_errors_total", "Calls that failed because PostgreSQL was away", ["operation"])
 DOORBELL_ERRORS = Counter("doorbell_errors_total", "Doorbells that could not be rung or heard")
 HTTP_REQUESTS = Counter("http_requests_total", "Requests answered", ["method", "route", "status"])

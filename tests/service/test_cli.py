@@ -41,6 +41,7 @@ def neoforge(environment: dict[str, str]) -> Run:
     [
         "serve",
         "worker",
+        "bounces",
         "migrate",
         "keys create",
         "keys list",

@@ -141,7 +141,7 @@ def test_details_say_who_reported_what() -> None:
         "status": "4.2.0",
         "reporting_mta": "mail.example.com",
         "remote_mta": "mx.example.net",
-        "retries_until": "Sat,  7 Mar 2026 09:15:01 +0100 (CET)",
+        "retries_until": "Sat, 7 Mar 2026 09:15:01 +0100 (CET)",
     }
     [complaint] = read(mail("arf-opt-out"), FEEDBACK)
     assert complaint.detail == {

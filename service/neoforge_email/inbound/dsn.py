@@ -5,7 +5,7 @@ Read are delivery status notifications (RFC 3464; RFC 6533 for addresses beyond 
 `X-Failed-Recipients` (Exim, Google). Other detectors (flufl.bounce has 17) find addresses of servers long gone, and never a
 status or a reply to judge by. So a bounce in any other form is a ValueError: its receipt stays where an operator sees it.
 
-Anyone can send to these addresses. What counts is therefore the attempt, whose 74 random bits only those know who got the
+Anyone can send to these addresses. What counts is therefore the attempt, whose 62 random bits only those know who got the
 message; a forger among them can report on recipients of that same message, and on nobody else.
 
 The parser of the standard library takes MIME apart by recursion, without a bound. Here every part is cut out by its
@@ -25,8 +25,11 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 from neoforge_email.inbound import Event
+from neoforge_email.inbound.values import detail, line
 from neoforge_email.lifecycle import EventType
 from neoforge_email.message import parse_attempt
+
+PROVIDER = "mail"
 
 # A stored body in bytes; multiparts in multiparts; parts in all; fields of a header and bytes of one; recipients; bytes of
 # text that words are looked for in; how old what is reported may be.
@@ -38,7 +41,6 @@ MAX_VALUE = 2000
 MAX_RECIPIENTS = 1000
 MAX_TEXT = 1 << 16
 MAX_AGE = timedelta(days=30)
-MAX_RESPONSE = 500
 
 _VERP = re.compile(r"bounce\+([0-9a-z-]+)@[^@]*", re.IGNORECASE)
 
@@ -102,8 +104,8 @@ def unpack(body: bytes) -> tuple[Envelope, bytes]:
     """The inverse of `pack`; raises ValueError."""
     if len(body) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes")
-    line, _, content = body.partition(b"\n")
-    recipient, peer, at = line.decode("ascii").split(" ")
+    first, _, content = body.partition(b"\n")
+    recipient, peer, at = first.decode("ascii").split(" ")
     when = datetime.fromisoformat(at)
     if when.utcoffset() != timedelta():
         raise ValueError("the envelope's time is not UTC")
@@ -150,15 +152,15 @@ def normalise(body: bytes) -> list[Event]:
     receipt = event_id(envelope.recipient, content)
     return [
         Event(
-            provider="mail",
+            provider=PROVIDER,
             event_id=f"{receipt}.{number}",
             type=fact.type,
             occurred_at=_when(envelope.at, fact.at, mail.fields.get("date"), fact.arrived),
             recipient=fact.recipient,
             attempt=attempt,
             permanent=fact.permanent,
-            response=_line(fact.response) or None,
-            detail={name: value for name, value in fact.detail.items() if value},
+            response=line(fact.response) or None,
+            detail=detail(fact.detail),
         )
         for number, fact in enumerate(facts, 1)
     ]
@@ -321,10 +323,6 @@ def _address(text: str) -> str | None:
     return f"{local}@{domain}" if text.isprintable() else None
 
 
-def _line(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text[:MAX_RESPONSE]).strip()
-
-
 def _untyped(text: str) -> str:
     """`smtp; 550 …` and `dns; mx.example.net` without the type."""
     return re.sub(r"^[A-Za-z0-9-]{1,20};", "", text).strip()
@@ -444,8 +442,8 @@ def _decoded(body: bytes, encoding: str) -> bytes:
 def _fields(block: bytes) -> dict[str, str]:
     """Header fields by their names in lower case, unfolded, the first of each name."""
     fields: dict[str, str] = {}
-    for line in re.sub(rb"\n[ \t]+", b" ", block).split(b"\n", MAX_FIELDS)[:MAX_FIELDS]:
-        name, colon, value = line.partition(b":")
+    for text in re.sub(rb"\n[ \t]+", b" ", block).split(b"\n", MAX_FIELDS)[:MAX_FIELDS]:
+        name, colon, value = text.partition(b":")
         if colon:
             key = name.strip().lower().decode("ascii", "replace")
             fields.setdefault(key, value[:MAX_VALUE].decode("utf-8", "replace").strip())
