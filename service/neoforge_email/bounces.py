@@ -247,7 +247,7 @@ class _Session(SMTP):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if self.transport is None:  # else STARTTLS makes it a second time
             if not self._listener.admit(self, _peer(transport.get_extra_info("peername"))):
-                self._hang_up(transport, "421 4.7.0 Too many connections; try again later")
+                hang_up(transport, "421 4.7.0 Too many connections; try again later")
                 return
             self._lifetime = self.loop.call_later(self._limits.session.total_seconds(), self._timeout_cb)
         super().connection_made(transport)
@@ -262,7 +262,7 @@ class _Session(SMTP):
         """End the session as soon as no mail is under way in it."""
         self._leaving = True
         if not self._taking and self.transport is not None:
-            self._hang_up(self.transport, "421 4.3.2 Shutting down; try again in a moment")
+            hang_up(self.transport, "421 4.3.2 Shutting down; try again in a moment")
 
     def abort(self) -> None:
         if isinstance(self.transport, asyncio.Transport):
@@ -270,15 +270,7 @@ class _Session(SMTP):
 
     def _timeout_cb(self) -> None:
         if self.transport is not None:
-            self._hang_up(self.transport, "421 4.4.2 Too slow")
-
-    @staticmethod
-    def _hang_up(transport: asyncio.BaseTransport, answer: str) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        if not transport.is_closing():
-            transport.write(f"{answer}\r\n".encode())
-            transport.close()
-            asyncio.get_running_loop().call_later(LINGER.total_seconds(), transport.abort)  # if nobody reads it
+            hang_up(self.transport, "421 4.4.2 Too slow")
 
     async def _handle_client(self) -> None:
         with suppress(ConnectionError):  # the client's end is nothing to report
@@ -331,6 +323,15 @@ class _Session(SMTP):
             if size > most:
                 del content[:-5]  # what tells the end
         return bytes(content[:-3]).replace(b"\r\n.", b"\r\n")[2:] if size <= most else None
+
+
+def hang_up(transport: asyncio.BaseTransport, answer: str) -> None:
+    """Close, with a last answer; if nobody reads it, after LINGER all the same."""
+    assert isinstance(transport, asyncio.Transport)
+    if not transport.is_closing():
+        transport.write(f"{answer}\r\n".encode())
+        transport.close()
+        asyncio.get_running_loop().call_later(LINGER.total_seconds(), transport.abort)
 
 
 def _peer(name: Any) -> str:
