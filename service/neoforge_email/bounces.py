@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import signal
+import socket
 import ssl
 import time
 from collections import Counter
@@ -68,12 +70,12 @@ _PATH = re.compile(r"<(?:@[^<>:]*:)?([^<>]*)>\s*(.*)")
 
 
 async def run(settings: Settings, limits: Limits | None = None) -> None:
-    """Take mail on BOUNCE_HOST:BOUNCE_PORT until SIGTERM or SIGINT. Raises SettingsError if it cannot."""
+    """Take mail until SIGTERM or SIGINT. Raises SettingsError if it cannot."""
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     async with listening(settings, limits):
-        log.info("bounces.started", host=settings.bounce_host, port=settings.bounce_port, domain=settings.bounce_domain)
+        log.info("bounces.started", domain=settings.bounce_domain)
         await stopped.wait()
     log.info("bounces.stopped")
 
@@ -95,16 +97,23 @@ async def listening(settings: Settings, limits: Limits | None = None) -> AsyncIt
         doorbell.start()
         stack.push_async_callback(doorbell.close)
         listener = Listener(pool, doorbell, settings, limits or Limits())
-        hosts = [host.strip() for host in settings.bounce_host.split(",")]
-        try:
-            server = await asyncio.get_running_loop().create_server(listener.session, hosts, settings.bounce_port)
-        except OSError as error:
-            raise SettingsError(f"BOUNCE_HOST, BOUNCE_PORT: {error.strerror}") from None
-        try:
-            yield
-        finally:
-            server.close()
-            await listener.close(settings.graceful_shutdown_timeout)
+        stack.push_async_callback(listener.close, settings.graceful_shutdown_timeout)
+        for server in await _servers(listener, settings):
+            stack.callback(server.close)
+        yield
+
+
+async def _servers(listener: Listener, settings: Settings) -> list[asyncio.Server]:
+    """On the sockets that systemd opened (sd_listen_fds(3)), so that port 25 needs no privilege; else on BOUNCE_HOST."""
+    loop = asyncio.get_running_loop()
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        given = [socket.socket(fileno=3 + number) for number in range(int(os.environ["LISTEN_FDS"]))]
+        return [await loop.create_server(listener.session, sock=each) for each in given]
+    hosts = [host.strip() for host in settings.bounce_host.split(",")]
+    try:
+        return [await loop.create_server(listener.session, hosts, settings.bounce_port)]
+    except OSError as error:
+        raise SettingsError(f"BOUNCE_HOST, BOUNCE_PORT: {error.strerror}") from None
 
 
 class Listener:
@@ -335,5 +344,5 @@ def hang_up(transport: asyncio.BaseTransport, answer: str) -> None:
 
 
 def _peer(name: Any) -> str:
-    """The IP address of a socket's other end."""
-    return str(name[0]) if name else "unknown"
+    """The IP address of a socket's other end, IPv4 as such on a socket of both."""
+    return str(name[0]).removeprefix("::ffff:") if name else "unknown"

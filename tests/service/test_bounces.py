@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import smtplib
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -512,8 +513,17 @@ async def test_a_taken_port_is_an_error_that_names_the_setting(listening: Listen
                 pass
 
 
+COMMAND = (sys.executable, "-m", "neoforge_email.cli", "bounces")
+
+
 @contextmanager
-def process(environment: dict[str, str], log: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def process(
+    environment: dict[str, str],
+    log: Path,
+    command: Sequence[str] = COMMAND,
+    pass_fds: Sequence[int] = (),
+    **variables: str,
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """`neoforge bounces`, and its port."""
     port = free_port()
     changed = {
@@ -522,9 +532,10 @@ def process(environment: dict[str, str], log: Path, **variables: str) -> Iterato
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         **variables,
     }
-    command = [sys.executable, "-m", "neoforge_email.cli", "bounces"]
     with log.open("wb") as output:
-        started = subprocess.Popen(command, env={**base_environment(), **environment, **changed}, stderr=output)
+        started = subprocess.Popen(
+            command, env={**base_environment(), **environment, **changed}, stderr=output, pass_fds=pass_fds
+        )
     try:
         while started.poll() is None and "bounces.started" not in log.read_text():
             time.sleep(0.02)
@@ -532,6 +543,28 @@ def process(environment: dict[str, str], log: Path, **variables: str) -> Iterato
     finally:
         started.kill()
         started.wait()
+
+
+def test_a_socket_that_systemd_opened_is_used(environment: dict[str, str], database: Database, tmp_path: Path) -> None:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as opened:
+        # descriptor 3, and the process's own number in LISTEN_PID
+        script = f"exec 3<&{opened.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec {shlex.join(COMMAND)}"
+        with process(environment, tmp_path / "log", ["bash", "-c", script], [opened.fileno()]) as (running, unused):
+            with smtplib.SMTP("127.0.0.1", opened.getsockname()[1], timeout=10) as client:
+                client.sendmail("", [RETURN_PATH], BODY)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", unused)).close()
+            running.terminate()
+            assert running.wait(10) == 0
+
+    async def bodies() -> list[bytes]:
+        connection = await db.connect(Database.url(database.superuser), "test")
+        try:
+            return [receipt["body"] for receipt in await stored(connection)]
+        finally:
+            await connection.close()
+
+    assert [dsn.unpack(body)[0].peer for body in asyncio.run(bodies())] == ["127.0.0.1"]
 
 
 def test_sigterm_finishes_the_mail_under_way_sends_idle_clients_away_and_ends_with_exit_code_0(
