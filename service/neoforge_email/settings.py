@@ -271,6 +271,8 @@ class Settings:
     ses_connections: int = _setting("8", _whole(1, 1000))
     ses_topic_arns: tuple[str, ...] = _setting("", _list)
     bounce_domain: str | None = _setting(None, _name)
+    bounce_host: str = _setting("127.0.0.1")
+    bounce_port: int = _setting("2525", PORT)
 
     from_email: str | None = _setting(None, _address)
     from_name: str = _setting("")

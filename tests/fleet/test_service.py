@@ -10,7 +10,12 @@ import pytest
 from .conftest import Edge, Fleet
 
 EXPOSURE_LIMIT = 1.5
-UNITS = ["neoforge-api.service", "neoforge-worker@1.service", "neoforge-worker@2.service"]
+UNITS = [
+    "neoforge-api.service",
+    "neoforge-bounces.service",
+    "neoforge-worker@1.service",
+    "neoforge-worker@2.service",
+]
 
 
 def properties(fleet: Fleet, unit: str, *names: str) -> dict[str, str]:
