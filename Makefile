@@ -26,7 +26,8 @@ lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck,
 	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook playbooks/inventory.yml -i "inventories/$$name"; done
 	git ls-files ':!*.j2' | xargs grep -lE '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
 
-test-service: .venv/development.stamp ## the service against real PostgreSQL and Valkey
+test-service: .venv/development.stamp ## the service against real PostgreSQL, Valkey and Postfix
+	@.ci/postfix
 	$(BIN)/pytest tests/service --ignore tests/service/test_demo.py $(ARGS)
 
 test-demo: .venv/development.stamp ## the demo, end to end

@@ -43,6 +43,7 @@ T = "2026-03-02T08:15:05"
 
 # what each recipient of a fixture gets: event, address, whether it suppresses, the beginning of the response, the time
 REPORTS: dict[str, list[tuple[EventType, str | None, bool, str | None, str]]] = {
+    "postfix": [(BOUNCE, "smtp-550@dead.example.com", PERMANENT, "550 5.1.1 As this address asks for", T)],
     "postfix-failed": [(BOUNCE, ADA, PERMANENT, "550 5.1.1 <ada@example.net>: Recipient address rejected:", T)],
     "postfix-several": [
         (BOUNCE, ADA, NOT_PERMANENT, "552 5.2.2 <ada@example.net>: Quota exceeded", T),
