@@ -494,7 +494,8 @@ async def test_a_server_that_cannot_prove_who_it_is_gets_nothing(
     context = pki.good if wrong == "unknown_ca" else getattr(pki, wrong)
     ca_file = None if wrong == "unknown_ca" else pki.ca_file
     async with scripted_server(offers=WITH_TLS, tls=context, implicit_tls=implicit_tls) as server:
-        one = provider(server, use_tls=not implicit_tls, use_ssl=implicit_tls, ca_file=ca_file)
+        tls = {"use_tls": not implicit_tls, "use_ssl": implicit_tls, "ca_file": ca_file}
+        one = provider(server, timeout=timedelta(seconds=10), **tls)
         with pytest.raises(ProviderUnavailable, match=rf"^TLS with the SMTP server .* failed: .*{reason}"):
             await deliver(one, a_message())
     assert not any(server.encrypted)
