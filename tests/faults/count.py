@@ -26,16 +26,23 @@ class Counted:
     problems: list[str] = field(default_factory=list)
 
 
-def arrivals(journal: Path, offset: int) -> Counter[UUID]:
-    """How often each message has arrived since the journal was `offset` octets long."""
+def arrivals(journal: Path, offset: int) -> tuple[Counter[UUID], int]:
+    """How often each message has arrived since the journal was `offset` octets long, and the largest call's messages.
+
+    A journal that does not tell calls apart makes that 0.
+    """
     found: Counter[UUID] = Counter()
+    calls: Counter[str] = Counter()
     if not journal.exists():
-        return found
+        return found, 0
     with journal.open("rb") as lines:
         lines.seek(offset)
         for line in lines:
-            found[UUID(json.loads(line)["message_id"].strip("<>").partition("@")[0])] += 1
-    return found
+            entry = json.loads(line)
+            found[UUID(entry["message_id"].strip("<>").partition("@")[0])] += 1
+            if "x_message_id" in entry:
+                calls[entry["x_message_id"]] += 1
+    return found, max(calls.values(), default=0)
 
 
 async def unfinished(connection: asyncpg.Connection[asyncpg.Record], row: str) -> tuple[set[UUID], set[UUID]]:
@@ -49,6 +56,17 @@ async def unfinished(connection: asyncpg.Connection[asyncpg.Record], row: str) -
     return {found["id"] for found in rows if found["held"]}, {found["id"] for found in rows if not found["held"]}
 
 
+async def unreported(connection: asyncpg.Connection[asyncpg.Record], row: str) -> int:
+    """How many recipients of the row no event has called delivered yet."""
+    number: int = await connection.fetchval(
+        """select count(*) from email_tracking t join email_messages m on m.id = t.email_id and m.created_at = t.created_at
+           where m.metadata->>'row' = $1 and t.status <> 'delivered'
+               and not exists (select from email_queue q where q.id = m.id and q.state::text = 'held')""",
+        row,
+    )
+    return number
+
+
 async def count(
     connection: asyncpg.Connection[asyncpg.Record],
     row: str,
@@ -57,9 +75,10 @@ async def count(
     *,
     refused: AbstractSet[UUID],
     unanswered: int,
+    events: bool,
 ) -> Counted:
     """Count a row that has come to rest. The sink refuses the recipients of `refused`; about `unanswered` messages, which
-    have no key to repeat them with, the clients do not know."""
+    have no key to repeat them with, the clients do not know. `events`: the provider reports what it took."""
     stored = {
         found["id"]
         for found in await connection.fetch("select id from email_messages where metadata->>'row' = $1", row)
@@ -104,4 +123,13 @@ async def count(
     }
     if strange:
         say(f"{len(strange)} ended as {sorted(map(str, set(strange.values())))}, such as {min(strange)}")
+    if events and (unsettled := {email_id for email_id in held if arrived[email_id]}):
+        say(f"{len(unsettled)} are held although an event said that they were taken, such as {min(unsettled)}")
+    repeated = await connection.fetch(
+        """select email_id, type::text, count(*) from email_events
+           where email_id = any($1) and type = 'delivered' group by 1, 2 having count(*) > 1""",
+        [email_id for email_id in accepted if arrived[email_id] == 1],
+    )
+    if repeated:
+        say(f"{len(repeated)} have an event twice, such as {repeated[0]['type']} of {repeated[0]['email_id']}")
     return counted

@@ -39,6 +39,7 @@ PACKAGE = "neoforge_email"
 MODULES = (
     *("api.emails", "outbox", "doorbell", "delivery", "worker"),
     *("providers.router", "providers.smtp", "providers.wire", "providers.sendgrid", "providers.ses"),
+    *("api.inbound", "inbound.receipts", "inbound.normaliser"),
 )
 """Modules of the hot path, as far as they exist."""
 

@@ -20,7 +20,7 @@ from uuid import UUID, uuid4
 from . import count
 from .count import Counted
 from .load import Load, Progress
-from .machine import Machine, Service, Setup, machine
+from .machine import WINDOW, Machine, Service, Setup, machine
 from .rows import Row
 
 REST_SECONDS = 90.0
@@ -38,6 +38,8 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
     unreached: bool = False
+    allowed: int = 0
+    """How many may arrive twice."""
     passes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -111,7 +113,8 @@ async def _rest(lab: Machine, key: str) -> bool:
     while time.monotonic() < deadline:
         async with lab.connection() as connection:
             _, waiting = await count.unfinished(connection, key)
-        if not waiting:
+            unreported = await count.unreported(connection, key) if lab.setup.events else 0
+        if not waiting and not unreported:
             await asyncio.sleep(0.2)
             return True
         await asyncio.sleep(0.1)
@@ -130,15 +133,19 @@ async def _wake(services: Sequence[Service], setup: Setup) -> None:
 
 async def _count(lab: Machine, key: str, progress: Progress, offset: int, outcome: Outcome) -> None:
     row = outcome.row
+    arrived, largest = count.arrivals(lab.journal, offset)
+    in_a_call = {"smtp": WINDOW, "sendgrid": largest, "ses": 1}[row.setup.provider]
+    outcome.allowed = row.calls * in_a_call if row.policy == "resend" else 0
     ids = {number: UUID(email_id) for number, email_id in progress.accepted.items()}
     async with lab.connection() as connection:
         outcome.counted = counted = await count.count(
             connection,
             key,
             set(ids.values()),
-            count.arrivals(lab.journal, offset),
+            arrived,
             refused={email_id for number, email_id in ids.items() if row.refuses(number)},
             unanswered=progress.unanswered,
+            events=row.setup.events,
         )
     say = outcome.problems.append
     if counted.accepted + progress.unanswered < row.messages:
@@ -152,7 +159,7 @@ async def _count(lab: Machine, key: str, progress: Progress, offset: int, outcom
     expected = row.held if row.held is not None else 0 if row.policy == "resend" else None
     if expected is not None and counted.held != expected:
         say(f"{counted.held} held")
-    if counted.twice > (row.allowed if row.policy == "resend" else 0):
+    if counted.twice > outcome.allowed:
         say(f"{counted.twice} twice")
 
 
@@ -219,8 +226,9 @@ async def _run_on_a_machine(rows: list[Row], report: Report, *, counting: bool) 
             while left:
                 row = left.pop(0)
                 outcome = await run_row(lab, row, counting=counting)
-                if outcome.unreached and _again(row) != row:
-                    outcome = await run_row(lab, _again(row))
+                for again in (row, _again(row)):
+                    if outcome.unreached:
+                        outcome = await run_row(lab, again)
                 outcomes.append(outcome)
                 report(outcome)
                 if not outcome.good:

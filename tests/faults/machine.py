@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
 
 from neoforge_email import db, keys
 from neoforge_email.embedded import PostgreSQL, Valkey, spawn, stop
 from neoforge_email.settings import DatabaseUrl
+from tests.sendgrid_double import API_KEY
 
 from . import disk
 from .clock import Clock
@@ -32,15 +34,19 @@ RESTART_SECONDS = 1.0
 START_SECONDS = 30.0
 DATABASE = "neoforge_faults"
 ROOT = Path(__file__).parents[2]
-SMTP_TIMEOUT_SECONDS = 2.0
+CALL_SECONDS = "2"
+"""How long the service waits for a provider."""
 WINDOW = 10
-"""Messages a provider call."""
+"""Messages a call over SMTP."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What a machine is made of; rows with the same setup share one."""
 
+    provider: str = "smtp"
+    events: bool = False
+    """The provider's events come to the API's webhook."""
     workers: int = 1
     connections: int = 1
     """Provider calls that a worker has under way at once."""
@@ -52,6 +58,21 @@ class Setup:
     small_disk: str = ""
     """What of PostgreSQL lies on a disk that can be filled: `wal` or `data`."""
     settings: tuple[tuple[str, str], ...] = ()
+
+
+SENDGRID_FAULTS: dict[str, dict[str, object]] = {
+    "silent-before": {"kind": "hang"},
+    "silent-after": {"kind": "hang", "take": True},
+    "garbage-before": {"kind": "garbage"},
+    "garbage-after": {"kind": "garbage", "take": True},
+    "drop-before": {"kind": "drop"},
+    "drop-after": {"kind": "drop", "take": True},
+    "drop-mid-body": {"kind": "drop_body"},
+    "fail-before": {"kind": "answer", "status": 500},
+    "fail-after": {"kind": "answer", "status": 500, "take": True},
+    "defer": {"kind": "throttle", "seconds": 1},
+}
+"""What `sink` calls these faults, in the words of the double of SendGrid."""
 
 
 class Service:
@@ -127,6 +148,7 @@ class Machine:
         self.key = ""
         self._sink: subprocess.Popen[bytes] | None = None
         self._orders = 0
+        self._verification_key = ""
 
     async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
@@ -150,6 +172,12 @@ class Machine:
         if self.setup.careful:
             await self.in_thread(make_certificate, self.directory / "certificate.pem")
         self._sink = await self.in_thread(self._spawn_sink)
+        if self.setup.provider == "sendgrid":
+            await until(self._sendgrid_is_up, START_SECONDS, "the double of SendGrid does not start")
+        if self.setup.events:
+            url = f"http://127.0.0.1:{self.api_port}/api/v1/webhooks/sendgrid"
+            kinds = ["processed", "delivered"]
+            await self._tell_sendgrid("set", {"webhook": {"url": url, "kinds": kinds, "delay": 0.2}})
 
     async def stop(self) -> None:
         for service in self.services.values():
@@ -184,11 +212,11 @@ class Machine:
         settings = {
             "DATABASE_URL": self.postgresql.dsn(f"neoforge_{role}", DATABASE),
             "REDIS_URL": self.valkey.url(),
-            "EMAIL_PROVIDER": "smtp",
+            "EMAIL_PROVIDER": self.setup.provider,
             "SMTP_SERVER": "127.0.0.1",
             "SMTP_PORT": str(self.sink_port),
             "SMTP_USE_TLS": "false",
-            "SMTP_TIMEOUT": str(SMTP_TIMEOUT_SECONDS),
+            "SMTP_TIMEOUT": CALL_SECONDS,
             "SMTP_CONNECTIONS": str(self.setup.connections),
             "EMAIL_WORKER_BATCH_SIZE": str(WINDOW),
             "EMAIL_WORKER_INTERVAL": "0.2",
@@ -201,6 +229,25 @@ class Machine:
             "PORT": str(self.api_port),
             "GRACEFUL_SHUTDOWN_TIMEOUT": "10",
         }
+        seconds, calls = CALL_SECONDS, str(self.setup.connections)
+        if self.setup.provider == "sendgrid":
+            settings |= {
+                "SENDGRID_API_KEY": API_KEY,
+                "SENDGRID_URL": f"http://127.0.0.1:{self.sink_port}",
+                "SENDGRID_TIMEOUT": seconds,
+                "SENDGRID_CONNECTIONS": calls,
+            }
+        if self.setup.provider == "ses":
+            settings |= {
+                "AWS_REGION": "eu-central-1",
+                "AWS_ACCESS_KEY_ID": "laboratory",
+                "AWS_SECRET_ACCESS_KEY": "laboratory",
+                "SES_ENDPOINT_URL": f"http://127.0.0.1:{self.sink_port}",
+                "SES_TIMEOUT": seconds,
+                "SES_CONNECTIONS": calls,
+            }
+        if self.setup.events:
+            settings |= {"SENDGRID_WEBHOOK_SECRET": self._verification_key, "EMAIL_UNCERTAIN_WAIT": "6"}
         if self.setup.careful:
             settings |= {
                 "SMTP_USE_TLS": "true",
@@ -229,7 +276,12 @@ class Machine:
         return start
 
     def _spawn_sink(self) -> subprocess.Popen[bytes]:
-        arguments = ["--port", str(self.sink_port), "--journal", str(self.journal), "--control", str(self.control)]
+        arguments = ["--port", str(self.sink_port), "--journal", str(self.journal)]
+        if self.setup.provider == "sendgrid":
+            return self._spawn("sink", ["tests.sendgrid_double", *arguments], inherited())
+        arguments += ["--control", str(self.control)]
+        if self.setup.provider == "ses":
+            return self._spawn("sink", ["tests.faults.ses_double", *arguments], inherited())
         if self.setup.careful:
             arguments += ["--careful", str(self.directory / "certificate.pem")]
         return self._spawn("sink", ["tests.faults.sink", *arguments], inherited())
@@ -261,12 +313,27 @@ class Machine:
             return b" 200 " in answer
         return False
 
-    def order(self, mode: str, count: int) -> None:
-        """Tell the sink what is to go wrong next; see `sink`."""
+    async def order(self, mode: str, count: int) -> None:
+        """Tell the provider what is to go wrong with the next `count` messages, or calls of SendGrid; see `sink`."""
+        if self.setup.provider == "sendgrid":
+            await self._tell_sendgrid("fault", {**SENDGRID_FAULTS[mode], "times": count})
+            return
         self._orders += 1
         new = self.control.with_suffix(".new")
         new.write_text(json.dumps({"mode": mode, "count": count, "number": self._orders}), encoding="utf-8")
         new.rename(self.control)
+
+    async def _sendgrid_is_up(self) -> bool:
+        """It says on its first line how its events can be verified."""
+        line, end, _ = (self.directory / "sink.log").read_text(encoding="utf-8").partition("\n")
+        if end:
+            self._verification_key = json.loads(line)["verification_key"]
+        return bool(end)
+
+    async def _tell_sendgrid(self, what: str, order: Mapping[str, object]) -> None:
+        url = f"http://127.0.0.1:{self.sink_port}"
+        async with aiohttp.ClientSession(url) as session, session.post(f"/control/{what}", json=order) as answer:
+            answer.raise_for_status()
 
     # --- PostgreSQL --------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ def _line(outcome: Outcome) -> str:
         row.name if ":" not in row.name else f"`{row.name}`",
         row.messages,
         *(counted.accepted, counted.once, counted.twice, counted.uncertain, counted.held, counted.lost, counted.stuck),
-        row.allowed if row.policy == "resend" else 0,
+        outcome.allowed,
         outcome.verdict.replace("|", "/"),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"

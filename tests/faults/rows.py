@@ -15,14 +15,15 @@ from neoforge_email import db
 from . import clock, disk
 from .inject import Fault, Point
 from .load import Progress
-from .machine import WINDOW, Machine, Setup
+from .machine import Machine, Setup
 
 Disturb = Callable[[Machine, Progress], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `faults` are by service; `allowed` is how many messages may arrive twice, 0 where the outcome is definite."""
+    """One row. `faults` are by service. In at most `calls` provider calls messages may arrive twice: 0 where the
+    outcome is definite, where an event settles it, and with policy `hold`."""
 
     name: str
     setup: Setup = field(default_factory=Setup)
@@ -32,7 +33,7 @@ class Row:
     policy: str = "resend"
     faults: Mapping[str, tuple[Fault, ...]] = field(default_factory=dict)
     disturb: Disturb | None = None
-    allowed: int = 0
+    calls: int = 0
     held: int | None = None
     """How many messages wait for an operator in the end: where it is not given, any with policy `hold`, none else."""
     kilobytes: int = 0
@@ -55,9 +56,6 @@ class Row:
 
     def refuses(self, number: int) -> bool:
         return bool(self.refused_every) and number % self.refused_every == 2
-
-
-ONE_CALL = WINDOW
 
 
 # --- what is done while messages are under way --------------------------------------------------------------------
@@ -107,7 +105,7 @@ class Order:
         for turn in range(self.times):
             if turn:
                 await asyncio.sleep(1)
-            machine.order(self.mode, self.count)
+            await machine.order(self.mode, self.count)
         await asyncio.sleep(0.1)
 
 
@@ -216,6 +214,18 @@ TERMINATE = Signal(SIGTERM, ("worker",))
 SHORT_LEASE = 5.0
 
 
+UNANSWERED = {
+    "silent-before": "times out, the message not taken",
+    "silent-after": "times out after it took the message",
+    "garbage-before": "answers garbage, the message not taken",
+    "garbage-after": "answers garbage after it took the message",
+    "drop-before": "drops the connection, the message not taken",
+    "drop-after": "drops the connection after it took the message",
+    "drop-mid-body": "drops the connection mid-body",
+}
+"""What a provider may do that leaves open whether it took a message."""
+
+
 def scenarios() -> Iterator[Row]:
     """What is done to servers, provider, clocks and whole processes."""
     plain, wide = Setup(), Setup(connections=8)
@@ -235,23 +245,10 @@ def scenarios() -> Iterator[Row]:
             setup = Setup(small_disk=part)
             yield Row(f"PostgreSQL's disk is full for 4 s: {part}", setup, disturb=at(0.3, fill_disk))
 
-    provider_rows = {
-        "times out, the body not taken": ("silent-before", 3, 3 * ONE_CALL),
-        "times out after it took the body": ("silent-after", 3, 3 * ONE_CALL),
-        "answers garbage, the body not taken": ("garbage-before", 3, 3 * ONE_CALL),
-        "answers garbage after it took the body": ("garbage-after", 3, 3 * ONE_CALL),
-        "drops the connection, the body not taken": ("drop-before", 3, 3 * ONE_CALL),
-        "drops the connection after it took the body": ("drop-after", 3, 3 * ONE_CALL),
-        "drops the connection mid-body": ("drop-mid-body", 3, 3 * ONE_CALL),
-    }
-    for words, (mode, number, allowed) in provider_rows.items():
-        yield Row(f"the provider {words}, {number} times", plain, disturb=at(0.3, Order(mode, number)), allowed=allowed)
-        yield Row(
-            f"the provider {words}, {number} times, policy hold",
-            plain,
-            policy="hold",
-            disturb=at(0.3, Order(mode, number)),
-        )
+    for mode, words in UNANSWERED.items():
+        disturb, number = at(0.3, Order(mode, 3)), 3 if mode.endswith("-after") else 0
+        yield Row(f"the provider {words}, 3 times", plain, disturb=disturb, calls=number)
+        yield Row(f"the provider {words}, 3 times, policy hold", plain, policy="hold", disturb=disturb)
     yield Row(
         "the provider drops the connection mid-body of 300 kB, 3 times",
         plain,
@@ -259,25 +256,24 @@ def scenarios() -> Iterator[Row]:
         rate=200,
         kilobytes=300,
         disturb=at(0.3, Order("drop-mid-body", 3)),
-        allowed=3 * ONE_CALL,
     )
     yield Row(
         "the provider closes the connection at DATA, 20 times", plain, disturb=at(0.3, Order("close-at-data", 20))
     )
     yield Row("the provider defers 200 bodies", plain, disturb=at(0.3, Order("defer", 200)))
     yield Row("the provider leaves with 421, 20 times", plain, disturb=at(0.3, Order("leave", 20)))
-    yield Row("nobody listens at the provider for 3 s", plain, disturb=at(0.3, Order("closed", 30)), allowed=ONE_CALL)
+    yield Row("nobody listens at the provider for 3 s", plain, disturb=at(0.3, Order("closed", 30)), calls=1)
 
-    yield Row("a worker is killed", plain, disturb=at(0.3, Signal(SIGKILL, ("worker",))), allowed=ONE_CALL)
+    killed = at(0.3, Signal(SIGKILL, ("worker",)))
+    yield Row("a worker is killed", plain, disturb=killed, calls=1)
     yield Row(
         "a worker with 8 calls under way is killed, twice",
         wide,
         messages=5000,
         rate=0,
         disturb=at(0.2, Signal(SIGKILL, ("worker",), 2)),
-        allowed=2 * 8 * ONE_CALL,
+        calls=2 * 8,
     )
-    killed = at(0.3, Signal(SIGKILL, ("worker",)))
     yield Row("a worker is killed, policy hold", plain, policy="hold", disturb=killed)
     yield Row(
         "a worker with 8 calls under way is killed, twice, policy hold",
@@ -291,7 +287,7 @@ def scenarios() -> Iterator[Row]:
         "a message kills the worker whenever it is sent",
         Setup(connections=4, settings=(("NEOFORGE_FAULT_POISON", "Message 700"),)),
         rate=0,
-        allowed=4 * ONE_CALL,
+        calls=4,
         held=1,
     )
     yield Row("the API is killed, twice", plain, disturb=at(0.2, Signal(SIGKILL, ("api",), 2)))
@@ -303,13 +299,39 @@ def scenarios() -> Iterator[Row]:
         Setup(workers=2, lease_seconds=SHORT_LEASE),
         rate=400,
         disturb=at(0.3, Suspend(2 * SHORT_LEASE)),
-        allowed=ONE_CALL,
+        calls=1,
     )
     if clock.library():
         for whose, words in (("service", "of API and worker"), ("database", "of PostgreSQL")):
             for seconds in (3600, -3600):
                 name = f"the clock {words} steps {'forward' if seconds > 0 else 'back'} 1 h, twice"
                 yield Row(name, Setup(clocks=whose), disturb=at(0.3, Step(seconds)))
+    yield from over_http()
+
+
+def over_http() -> Iterator[Row]:
+    """SendGrid, whose events settle what is uncertain where they come, and SES."""
+    sendgrid, reporting, ses = Setup("sendgrid"), Setup("sendgrid", events=True), Setup("ses", connections=4)
+    killed = at(0.3, Signal(SIGKILL, ("worker",)))
+    for mode, words in (UNANSWERED | {"fail-after": "answers 500 after it took the message"}).items():
+        taken = mode.endswith("-after")
+        disturb = at(0.3, Order(mode, 2))
+        yield Row(f"SendGrid {words}, 2 calls", sendgrid, disturb=disturb, calls=2 * taken)
+        yield Row(f"SendGrid {words}, 2 calls, policy hold", sendgrid, policy="hold", disturb=disturb)
+        yield Row(f"SendGrid {words}, 2 calls, and events come", reporting, disturb=disturb)
+        if mode != "drop-mid-body":
+            yield Row(f"SES {words}, 2 calls", ses, disturb=disturb, calls=2 * taken)
+    throttled = at(0.3, Order("defer", 3))
+    yield Row("SendGrid throttles with 429, 3 calls", sendgrid, disturb=throttled)
+    yield Row("SES throttles with 429, 3 calls", ses, disturb=throttled)
+    yield Row("a worker is killed under SendGrid", sendgrid, disturb=killed, calls=1)
+    yield Row("a worker is killed under SendGrid, and events come", reporting, disturb=killed)
+    yield Row("a worker is killed under SES", ses, disturb=killed, calls=4)
+    yield Row(
+        "a worker is killed under SendGrid, policy hold, and events come", reporting, policy="hold", disturb=killed
+    )
+    yield Row("the API is killed while events come", reporting, disturb=at(0.5, Signal(SIGKILL, ("api",), 2)))
+    yield Row("PostgreSQL is killed while events come", reporting, disturb=at(0.5, kill_postgresql))
 
 
 # --- the rows that the code makes ---------------------------------------------------------------------------------
@@ -342,18 +364,18 @@ def _faults(service: str, *texts: str) -> dict[str, tuple[Fault, ...]]:
 
 PROFILES = [
     _each("plain"),
+    _each("the provider is away", rate=250, disturb=at(0.3, Order("closed", 10)), calls=1),
     _each("the services get SIGTERM", rate=250, disturb=at(0.4, Signal(SIGTERM, ("api", "worker")))),
     _each(
         "a flush fails",
-        keyless_every=3,
+        keyless_every=2,
         faults=_faults(
             "api",
             "outbox:Intake._flush:self._accept:before:raise-deadlock:5",
-            "outbox:Intake._flush_singly:self._accept:after:raise-lost:1",
+            *(f"outbox:Intake._flush_singly:self._accept:after:raise-lost:{number}" for number in (1, 2, 3)),
         ),
     ),
     _each("a claim fails", faults=_faults("worker1", "outbox:claim:pool.fetch:before:raise-lost:3")),
-    _each("the provider is away", rate=250, disturb=at(0.3, Order("closed", 10)), allowed=ONE_CALL),
     _each(
         "an outcome cannot be stored",
         faults=_faults("worker1", "delivery:Delivery._complete:self._patiently(complete):before:raise-unstorable:3"),
@@ -366,6 +388,9 @@ PROFILES = [
     _each("short leases", Setup(lease_seconds=4.5), disturb=at(0.1, Order("silent-before", 2))),
     _each("Redis is away", rate=250, disturb=at(0.3, kill_redis)),
     _each("idle connections", messages=60, pause_seconds=6),
+    _each("SendGrid, and events come", Setup("sendgrid", events=True)),
+    _each("SendGrid answers errors", Setup("sendgrid"), rate=250, disturb=at(0.2, Order("fail-before", 2))),
+    _each("SES", Setup("ses"), messages=100),
 ]
 """Loads that reach the awaits: each await gets its rows on the first of these that reaches it."""
 
@@ -386,11 +411,13 @@ BESIDE = {
 
 def service_of(point: Point) -> str:
     """Which process passes this point."""
-    accepts = point.module.startswith(("api.", "doorbell")) or point.function.startswith("Intake")
+    is_received = point.module == "inbound.receipts" and point.function == "receive"
+    accepts = point.module.startswith(("api.", "doorbell")) or point.function.startswith("Intake") or is_received
     return "api" if accepts else "worker1"
 
 
-STATEMENTS = (".fetch", ".fetchval", ".execute", "outbox.", "._accept", "(claim)", "(complete)", "(sweep)", "(release)")
+STATEMENTS = (".fetch", ".fetchval", ".fetchrow", ".execute", "outbox.", "receipts.", "._accept")
+"""Awaits that raise what asyncpg does; what stands above them lets nothing of it through."""
 
 
 def actions(point: Point) -> Iterator[tuple[str, str, int]]:
@@ -398,11 +425,11 @@ def actions(point: Point) -> Iterator[tuple[str, str, int]]:
     is_api = service_of(point) == "api"
     is_provider = point.module.startswith("providers")
     for moment in ("before", "after"):
-        yield moment, "kill", 0 if is_api else ONE_CALL
+        yield moment, "kill", 0 if is_api else 1
         if not is_provider:
             yield moment, "cut-database", 0
         if is_provider or point.function.endswith(("_send_window", "_call")):
-            yield moment, "cut-provider", ONE_CALL
+            yield moment, "cut-provider", 1
         if not is_provider and any(word in point.what for word in STATEMENTS):
             yield moment, "raise-lost", 0
     if not is_provider and any(word in point.what for word in STATEMENTS):
@@ -410,7 +437,7 @@ def actions(point: Point) -> Iterator[tuple[str, str, int]]:
         yield "before", "raise-full", 0
     if point.what == "connection.send":
         yield "before", "raise-bug", 0
-        yield "after", "raise-bug", ONE_CALL
+        yield "after", "raise-bug", 1
 
 
 STOPPED = ("Delivery._send_window", "Delivery._call", "Delivery._attempt", "Delivery._complete", "._body", "._reply")
@@ -422,17 +449,17 @@ def candidates(points: Sequence[Point]) -> Iterator[tuple[str, Fault, int]]:
     for point in points:
         if str(point).startswith(tuple(BESIDE)):
             continue
-        for moment, action, allowed in actions(point):
-            yield f"{action} {moment} {point}", Fault(point, moment, action), allowed
+        for moment, action, calls in actions(point):
+            yield f"{action} {moment} {point}", Fault(point, moment, action), calls
         if point.module in {"delivery", "providers.smtp"} and any(name in point.function for name in STOPPED):
-            yield f"stop before {point}", Fault(point, "before", "stop"), ONE_CALL
+            yield f"stop before {point}", Fault(point, "before", "stop"), 1
 
 
 def each_await(points: Sequence[Point], reached: Mapping[str, Mapping[str, int]]) -> tuple[list[Row], list[str]]:
     """The rows of these points, and the names of those that no profile reaches; `reached` counts passes, by profile."""
     rows: list[Row] = []
     missed: list[str] = []
-    for name, fault, allowed in candidates(points):
+    for name, fault, calls in candidates(points):
         found = _reaching(fault, reached)
         if found is None:
             missed.append(name)
@@ -447,7 +474,7 @@ def each_await(points: Sequence[Point], reached: Mapping[str, Mapping[str, int]]
             (old.occurrence + 1 for old in earlier if (old.point, old.moment) == (fault.point, fault.moment)), default=1
         )
         faults = {**profile.faults, service: (*earlier, replace(fault, occurrence=max(passes // 3, first)))}
-        rows.append(replace(profile, name=name, load=profile.name, faults=faults, allowed=profile.allowed + allowed))
+        rows.append(replace(profile, name=name, load=profile.name, faults=faults, calls=profile.calls + calls))
     return rows, missed
 
 
@@ -476,13 +503,13 @@ def subset() -> Iterator[Row]:
     written = {row.name: row for row in scenarios()}
     for name in names:
         yield written[name]
-    for fault, allowed in (
+    for fault, calls in (
         ("outbox:Intake._accept:connection.fetchval:after:kill:5", 0),
-        ("outbox:attempt:pool.fetch:after:kill:5", ONE_CALL),
-        ("delivery:Delivery._call:connection.send:after:kill:5", ONE_CALL),
-        ("outbox:complete:pool.fetch:before:kill:5", ONE_CALL),
+        ("outbox:attempt:pool.fetch:after:kill:5", 1),
+        ("delivery:Delivery._call:connection.send:after:kill:5", 1),
+        ("outbox:complete:pool.fetch:before:kill:5", 1),
         ("outbox:complete:pool.fetch:after:raise-lost:5", 0),
     ):
         found = Fault.parse(fault)
         name = f"{found.action} {found.moment} {found.point}"
-        yield replace(PROFILES[0], name=name, faults={service_of(found.point): (found,)}, allowed=allowed)
+        yield replace(PROFILES[0], name=name, faults={service_of(found.point): (found,)}, calls=calls)

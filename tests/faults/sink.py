@@ -13,6 +13,7 @@ import asyncio
 import json
 import signal
 import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +49,8 @@ class Orders:
     sessions: set[Misbehaving] = field(default_factory=set)
 
     def take(self, *modes: str) -> str:
-        """The mode that the next message meets, if it is one of these."""
-        if self.count <= 0 or self.mode not in modes:
+        """The mode that the next message meets, if it is one of these, or any where none are given."""
+        if self.count <= 0 or (modes and self.mode not in modes):
             return ""
         self.count -= 1
         return self.mode
@@ -160,6 +161,21 @@ class Misbehaving(Session):
         return GARBAGE if mode else answer
 
 
+async def follow(
+    orders: Orders, control: Path, stopped: asyncio.Event, on_change: Callable[[], Awaitable[None]]
+) -> None:
+    """Read the control file whenever it changes, until stopped."""
+    while not stopped.is_set():
+        text = control.read_bytes() if control.exists() else b""
+        if text and text != orders.seen:
+            orders.seen = text
+            order = json.loads(text)
+            orders.mode, orders.count = order["mode"], order["count"]
+            await on_change()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopped.wait(), 0.02)
+
+
 async def run(port: int, journal: Path, control: Path, careful: ssl.SSLContext | None) -> None:
     store = Store(keep=1, journal=journal)
     orders = Orders()
@@ -171,21 +187,19 @@ async def run(port: int, journal: Path, control: Path, careful: ssl.SSLContext |
         return await loop.create_server(lambda: Misbehaving(store, orders, careful), "127.0.0.1", port, backlog=1024)
 
     server = await listen()
-    while not stopped.is_set():
-        text = control.read_bytes() if control.exists() else b""
-        if text and text != orders.seen:
-            orders.seen = text
-            order = json.loads(text)
-            orders.mode, orders.count = order["mode"], order["count"]
-            if orders.mode in {"closed", "old"}:
-                for session in list(orders.sessions):
-                    session.abort()
-            if orders.mode == "closed":
-                server.close()
-                await asyncio.sleep(orders.count / 10)
-                server = await listen()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stopped.wait(), 0.02)
+
+    async def hang_up() -> None:
+        nonlocal server
+        if orders.mode not in {"closed", "old"}:
+            return
+        for session in list(orders.sessions):
+            session.abort()
+        if orders.mode == "closed":
+            server.close()
+            await asyncio.sleep(orders.count / 10)
+            server = await listen()
+
+    await follow(orders, control, stopped, hang_up)
     server.close()
     store.close()
 
