@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 
 from . import clock, disk, report
+from .awaits import PROFILES, candidates, each_await, subset
 from .inject import points
 from .laboratory import Outcome, run
-from .rows import PROFILES, Row, candidates, each_await, scenarios, subset
+from .rows import Row, scenarios
 
 REPORT = Path("docs/fault-report.md")
 

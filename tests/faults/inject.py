@@ -115,6 +115,12 @@ def _unstorable() -> Exception:
     return asyncpg.DataError("a value that cannot be stored")
 
 
+def _no_redis() -> Exception:
+    from redis.exceptions import ConnectionError as RedisConnectionError
+
+    return RedisConnectionError("Connection closed by server.")
+
+
 def _cut(is_wanted: Callable[[Any], bool]) -> Callable[[], None]:
     """Shut down every connection of this process whose peer is wanted, as a network does that breaks right now."""
 
@@ -144,6 +150,7 @@ ACTIONS: dict[str, Callable[[], None]] = {
     "raise-deadlock": _raise(_deadlock),
     "raise-full": _raise(_full),
     "raise-unstorable": _raise(_unstorable),
+    "raise-redis": _raise(_no_redis),
     "raise-bug": _raise(lambda: RuntimeError("a fault of our own")),
 }
 

@@ -292,14 +292,29 @@ class Machine:
         return spawn(command, log=log, environment=environment, death_signal=signal.SIGKILL)
 
     async def arm(self, armed: Mapping[str, Mapping[str, str]]) -> None:
-        """Run each service with these faults, anew where it has others; returns when the API answers."""
+        """Run each service with these faults, anew where it has others; returns when all have begun their work."""
+        async with self.connection() as connection:
+            began = await connection.fetchval("select clock_timestamp()")
+        anew = 0
         for name, service in self.services.items():
             wanted = dict(armed.get(name, {}))
             if service._process is not None and not wanted and not unspent(service.armed):
                 continue
             await service.stop(signal.SIGKILL)
             await service.start(wanted)
+            anew += name != "api"
+
+        async def workers_began() -> bool:
+            async with self.connection() as connection:
+                seen = await connection.fetchval(
+                    "select count(distinct application_name) from pg_stat_activity"
+                    " where application_name like 'neoforge-worker%' and backend_start > $1",
+                    began,
+                )
+            return bool(seen >= anew)
+
         await until(self._api_answers, START_SECONDS, "the API does not answer")
+        await until(workers_began, START_SECONDS, "a worker does not start")
 
     async def _api_answers(self) -> bool:
         try:

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 
 from neoforge_email import __version__
 
+from .awaits import BESIDE, PROFILES
 from .inject import MODULES, points
 from .laboratory import Outcome
-from .rows import BESIDE, PROFILES
 
 
 def say(began: float, text: str) -> None:

@@ -7,13 +7,13 @@ import contextlib
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from neoforge_email import db
 
 from . import clock, disk
-from .inject import Fault, Point
+from .inject import Fault
 from .load import Progress
 from .machine import Machine, Setup
 
@@ -207,6 +207,20 @@ class Suspend:
         machine.workers[0].send(signal.SIGCONT)
 
 
+@dataclass(frozen=True)
+class Then:
+    """One thing after the other."""
+
+    first: Callable[[Machine], Awaitable[None]]
+    seconds: float
+    second: Callable[[Machine], Awaitable[None]]
+
+    async def __call__(self, machine: Machine) -> None:
+        await self.first(machine)
+        await asyncio.sleep(self.seconds)
+        await self.second(machine)
+
+
 # --- the rows that are written down -------------------------------------------------------------------------------
 
 SIGKILL, SIGTERM = signal.SIGKILL, signal.SIGTERM
@@ -332,184 +346,3 @@ def over_http() -> Iterator[Row]:
     )
     yield Row("the API is killed while events come", reporting, disturb=at(0.5, Signal(SIGKILL, ("api",), 2)))
     yield Row("PostgreSQL is killed while events come", reporting, disturb=at(0.5, kill_postgresql))
-
-
-# --- the rows that the code makes ---------------------------------------------------------------------------------
-
-EACH = 300
-"""Messages of a row for one await."""
-
-
-@dataclass(frozen=True)
-class Then:
-    """One thing after the other."""
-
-    first: Callable[[Machine], Awaitable[None]]
-    seconds: float
-    second: Callable[[Machine], Awaitable[None]]
-
-    async def __call__(self, machine: Machine) -> None:
-        await self.first(machine)
-        await asyncio.sleep(self.seconds)
-        await self.second(machine)
-
-
-def _each(name: str, setup: Setup | None = None, **other: Any) -> Row:
-    return Row(name, setup or Setup(), **{"messages": EACH, "rate": 0, **other})
-
-
-def _faults(service: str, *texts: str) -> dict[str, tuple[Fault, ...]]:
-    return {service: tuple(Fault.parse(text) for text in texts)}
-
-
-PROFILES = [
-    _each("plain"),
-    _each("the provider is away", rate=250, disturb=at(0.3, Order("closed", 10)), calls=1),
-    _each("the services get SIGTERM", rate=250, disturb=at(0.4, Signal(SIGTERM, ("api", "worker")))),
-    _each(
-        "a flush fails",
-        keyless_every=2,
-        faults=_faults(
-            "api",
-            "outbox:Intake._flush:self._accept:before:raise-deadlock:5",
-            *(f"outbox:Intake._flush_singly:self._accept:after:raise-lost:{number}" for number in (1, 2, 3)),
-        ),
-    ),
-    _each("a claim fails", faults=_faults("worker1", "outbox:claim:pool.fetch:before:raise-lost:3")),
-    _each(
-        "an outcome cannot be stored",
-        faults=_faults("worker1", "delivery:Delivery._complete:self._patiently(complete):before:raise-unstorable:3"),
-    ),
-    _each("the provider refuses recipients", refused_every=5),
-    _each("the provider goes step by step", Setup(careful=True), refused_every=10, kilobytes=100),
-    _each("the provider knows no EHLO", rate=250, disturb=at(0.2, Order("old", 100))),
-    _each("large bodies", messages=30, kilobytes=6000),
-    _each("SIGTERM while the provider is silent", disturb=at(0.2, Then(Order("silent-before", 2), 0.3, TERMINATE))),
-    _each("short leases", Setup(lease_seconds=4.5), disturb=at(0.1, Order("silent-before", 2))),
-    _each("Redis is away", rate=250, disturb=at(0.3, kill_redis)),
-    _each("idle connections", messages=60, pause_seconds=6),
-    _each("SendGrid, and events come", Setup("sendgrid", events=True)),
-    _each("SendGrid answers errors", Setup("sendgrid"), rate=250, disturb=at(0.2, Order("fail-before", 2))),
-    _each("SES", Setup("ses"), messages=100),
-]
-"""Loads that reach the awaits: each await gets its rows on the first of these that reaches it."""
-
-BESIDE = {
-    "api.emails:routes.": "not on the way of a message: reading, and the route below the hot one",
-    "api.emails:in_front.serve:router": "not on the way of a message: all other routes",
-    "outbox:claim:pool.execute": "holds what cannot be read; no message that was accepted is so",
-    "outbox:queue_stats": "not on the way of a message: metrics",
-    "outbox:forget_idempotency_keys": "not on the way of a message: twice an hour",
-    "worker:forget_idempotency_keys": "not on the way of a message: twice an hour",
-    "outbox:expire": "not on the way of a message: once a minute",
-    "worker:expire": "not on the way of a message: once a minute",
-    "delivery:Delivery.drained": "under --burst only",
-    "worker:startup:loop.drained": "under --burst only",
-}
-"""Awaits without rows, by the beginning of their names, and why."""
-
-
-def service_of(point: Point) -> str:
-    """Which process passes this point."""
-    is_received = point.module == "inbound.receipts" and point.function == "receive"
-    accepts = point.module.startswith(("api.", "doorbell")) or point.function.startswith("Intake") or is_received
-    return "api" if accepts else "worker1"
-
-
-STATEMENTS = (".fetch", ".fetchval", ".fetchrow", ".execute", "outbox.", "receipts.", "._accept")
-"""Awaits that raise what asyncpg does; what stands above them lets nothing of it through."""
-
-
-def actions(point: Point) -> Iterator[tuple[str, str, int]]:
-    """What is done at a point: moment, action, and how many messages may then arrive twice."""
-    is_api = service_of(point) == "api"
-    is_provider = point.module.startswith("providers")
-    for moment in ("before", "after"):
-        yield moment, "kill", 0 if is_api else 1
-        if not is_provider:
-            yield moment, "cut-database", 0
-        if is_provider or point.function.endswith(("_send_window", "_call")):
-            yield moment, "cut-provider", 1
-        if not is_provider and any(word in point.what for word in STATEMENTS):
-            yield moment, "raise-lost", 0
-    if not is_provider and any(word in point.what for word in STATEMENTS):
-        yield "before", "raise-deadlock", 0
-        yield "before", "raise-full", 0
-    if point.what == "connection.send":
-        yield "before", "raise-bug", 0
-        yield "after", "raise-bug", 1
-
-
-STOPPED = ("Delivery._send_window", "Delivery._call", "Delivery._attempt", "Delivery._complete", "._body", "._reply")
-ASLEEP = _each("a worker stands still beyond its lease", Setup(workers=2, lease_seconds=SHORT_LEASE), rate=60)
-
-
-def candidates(points: Sequence[Point]) -> Iterator[tuple[str, Fault, int]]:
-    """Every fault of every point, with the name of its row and how many messages may then arrive twice."""
-    for point in points:
-        if str(point).startswith(tuple(BESIDE)):
-            continue
-        for moment, action, calls in actions(point):
-            yield f"{action} {moment} {point}", Fault(point, moment, action), calls
-        if point.module in {"delivery", "providers.smtp"} and any(name in point.function for name in STOPPED):
-            yield f"stop before {point}", Fault(point, "before", "stop"), 1
-
-
-def each_await(points: Sequence[Point], reached: Mapping[str, Mapping[str, int]]) -> tuple[list[Row], list[str]]:
-    """The rows of these points, and the names of those that no profile reaches; `reached` counts passes, by profile."""
-    rows: list[Row] = []
-    missed: list[str] = []
-    for name, fault, calls in candidates(points):
-        found = _reaching(fault, reached)
-        if found is None:
-            missed.append(name)
-            continue
-        profile, passes = found
-        if fault.action == "stop":
-            profile, passes = ASLEEP, passes // 3
-        service = service_of(fault.point)
-        earlier = profile.faults.get(service, ())
-        # Where the load itself has a fault at this very place, this one comes after it.
-        first = max(
-            (old.occurrence + 1 for old in earlier if (old.point, old.moment) == (fault.point, fault.moment)), default=1
-        )
-        faults = {**profile.faults, service: (*earlier, replace(fault, occurrence=max(passes // 3, first)))}
-        rows.append(replace(profile, name=name, load=profile.name, faults=faults, calls=profile.calls + calls))
-    return rows, missed
-
-
-def _reaching(fault: Fault, reached: Mapping[str, Mapping[str, int]]) -> tuple[Row, int] | None:
-    for profile in PROFILES:
-        passes = reached[profile.name]
-        if before := passes.get(f"{fault.point}:before", 0):
-            # What never ends while a process lives, such as the loop that runs a worker, is passed before only.
-            return profile, passes.get(f"{fault.point}:{fault.moment}", before)
-    return None
-
-
-def subset() -> Iterator[Row]:
-    """The most telling rows, quick enough for `make test`."""
-    names = (
-        "two workers claim at once",
-        "Redis is killed, and back after 3 s",
-        "PostgreSQL is killed",
-        "connections to PostgreSQL are cut for 4 s",
-        "the provider times out after it took the body, 3 times",
-        "the provider times out after it took the body, 3 times, policy hold",
-        "the provider drops the connection mid-body, 3 times",
-        "a worker with 8 calls under way is killed, twice",
-        "SIGTERM of API and worker",
-    )
-    written = {row.name: row for row in scenarios()}
-    for name in names:
-        yield written[name]
-    for fault, calls in (
-        ("outbox:Intake._accept:connection.fetchval:after:kill:5", 0),
-        ("outbox:attempt:pool.fetch:after:kill:5", 1),
-        ("delivery:Delivery._call:connection.send:after:kill:5", 1),
-        ("outbox:complete:pool.fetch:before:kill:5", 1),
-        ("outbox:complete:pool.fetch:after:raise-lost:5", 0),
-    ):
-        found = Fault.parse(fault)
-        name = f"{found.action} {found.moment} {found.point}"
-        yield replace(PROFILES[0], name=name, faults={service_of(found.point): (found,)}, calls=calls)

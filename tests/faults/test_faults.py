@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import inject, rows
+from tests.faults import awaits, inject
 from tests.faults.inject import Fault, Point
 
 
@@ -25,7 +25,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {row["row"]: row["verdict"] for row in json.loads(file.read_text(encoding="utf-8"))}
 
 
-@pytest.mark.parametrize("row", [row.name for row in rows.subset()])
+@pytest.mark.parametrize("row", [row.name for row in awaits.subset()])
 def test_every_promise_is_kept(row: str, verdicts: dict[str, str]) -> None:
     assert verdicts[row] == "kept"
 
@@ -66,9 +66,9 @@ def test_no_two_awaits_of_the_hot_path_have_the_same_name() -> None:
 
 def test_every_await_has_rows_or_a_reason() -> None:
     points = inject.points()
-    named = {fault.point for _, fault, _ in rows.candidates(points)}
-    assert not [point for point in points if point not in named and not str(point).startswith(tuple(rows.BESIDE))]
-    assert not [name for name in rows.BESIDE if not any(str(point).startswith(name) for point in points)]
+    named = {fault.point for _, fault, _ in awaits.candidates(points)}
+    assert not [point for point in points if point not in named and not str(point).startswith(tuple(awaits.BESIDE))]
+    assert not [name for name in awaits.BESIDE if not any(str(point).startswith(name) for point in points)]
 
 
 def test_a_fault_is_read_as_it_is_written() -> None:
