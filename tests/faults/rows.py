@@ -58,6 +58,9 @@ class Row:
         return bool(self.refused_every) and number % self.refused_every == 2
 
 
+SIGKILL, SIGTERM = signal.SIGKILL, signal.SIGTERM
+
+
 # --- what is done while messages are under way --------------------------------------------------------------------
 
 
@@ -148,6 +151,15 @@ async def restart_postgresql(machine: Machine) -> None:
     await machine.in_thread(machine.postgresql.start)
 
 
+async def kill_everything(machine: Machine) -> None:
+    """All processes but the provider's, at one moment."""
+    for service in machine.services.values():
+        service.send(SIGKILL)
+    machine.kill_postgresql()
+    await kill_redis(machine)
+    await restart_postgresql(machine)
+
+
 async def cut_connections(machine: Machine) -> None:
     """Every connection of ours, again and again for four seconds."""
     end = time.monotonic() + 4
@@ -223,7 +235,6 @@ class Then:
 
 # --- the rows that are written down -------------------------------------------------------------------------------
 
-SIGKILL, SIGTERM = signal.SIGKILL, signal.SIGTERM
 TERMINATE = Signal(SIGTERM, ("worker",))
 SHORT_LEASE = 5.0
 
@@ -304,6 +315,7 @@ def scenarios() -> Iterator[Row]:
         calls=4,
         held=1,
     )
+    yield Row("everything but the provider is killed at once", plain, disturb=at(0.3, kill_everything), calls=1)
     yield Row("the API is killed, twice", plain, disturb=at(0.2, Signal(SIGKILL, ("api",), 2)))
     yield Row("SIGTERM of the worker", wide, disturb=at(0.3, Signal(SIGTERM, ("worker",))))
     yield Row("SIGTERM of the API", plain, disturb=at(0.3, Signal(SIGTERM, ("api",))))
