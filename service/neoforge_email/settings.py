@@ -261,7 +261,7 @@ class Settings:
     sendgrid_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     sendgrid_connections: int = _setting("8", _whole(1, 1000))
     sendgrid_webhook_secret: str | None = _setting(None, _verification_key, secret=True)
-    sendgrid_webhook_max_age: timedelta = _setting("600", _seconds(1, 86400))
+    sendgrid_webhook_max_age: timedelta = _setting("86400", _seconds(1, 86400))
     aws_region: str | None = _setting(None, _name)
     aws_access_key_id: str | None = _setting(None, secret=True)
     aws_secret_access_key: str | None = _setting(None, secret=True)
