@@ -3,9 +3,11 @@
 
 -- Find what is stuck among the rows of a part whose message's id is between the two, both included; of `receipts`, which
 -- have none, all. One snapshot: what moves in one transaction is seen before or after it. Indexes: email_queue_pkey,
--- email_messages_pkey, email_tracking_pkey, provider_receipts_waiting.
+-- email_messages_pkey, email_tracking_pkey, provider_receipts_waiting. Each range is read once and hashed: where a table has
+-- no statistics yet a nested loop over two ranges looks cheap, and takes minutes.
 create or replace function stuck(p_part text, p_from uuid, p_until uuid, p_providers text[])
-    returns table (kind text, id text, what text) language plpgsql stable set plan_cache_mode = force_custom_plan as $$
+    returns table (kind text, id text, what text) language plpgsql stable
+    set plan_cache_mode = force_custom_plan set enable_nestloop = off as $$
 begin
     case p_part
     when 'messages' then
@@ -14,7 +16,7 @@ begin
             format('%s of its recipients are still to be sent to, but it is not in the queue', count(*))
         from email_tracking t
         where t.email_id between p_from and p_until and t.status in ('queued', 'deferred', 'uncertain')
-            and not exists (select from email_queue q where q.id = t.email_id)
+            and not exists (select from email_queue q where q.id = t.email_id and q.id between p_from and p_until)
         group by t.email_id
         union all
         select 'message_without_recipients', m.id::text, 'it has no recipients'
@@ -30,7 +32,9 @@ begin
         cross join lateral (values
             ('queue_without_message', m.id is null, 'it is in the queue, but there is no such message'),
             ('queue_without_recipients',
-                not exists (select from email_tracking t where t.email_id = q.id and t.created_at = q.created_at),
+                not exists (
+                    select from email_tracking t
+                    where t.email_id = q.id and t.created_at = q.created_at and t.email_id between p_from and p_until),
                 'it is in the queue, but it has no recipients'),
             ('queue_without_content',
                 m.content_id is not null and not exists (
