@@ -4,8 +4,9 @@ SHELL := /bin/sh
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+INVENTORY ?= local
 
-.PHONY: help demo test lint test-service test-demo test-rules test-faults faults test-fleet test-long fleet fleet-destroy fleet-tools bench locks clean
+.PHONY: help demo test lint test-service test-demo test-rules test-faults faults test-fleet test-single test-long fleet fleet-destroy fleet-tools bench locks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +23,7 @@ lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck,
 	$(BIN)/mypy
 	$(BIN)/yamllint --strict .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
-	set -e; for name in prod staging single local; do \
+	set -e; for name in prod staging single local local-single; do \
 	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook playbooks/inventory.yml -i "inventories/$$name"; done
 	git ls-files ':!*.j2' | xargs grep -lE '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
 
@@ -45,17 +46,20 @@ faults: .venv/development.stamp ## kill and break everything at every await, cou
 	@$(BIN)/python -m tests.faults $(ARGS)
 
 # Machines of their own, so that those of `make fleet` stay.
-test-fleet: export FLEET_SET ?= 9
-test-fleet: .venv/development.stamp fleet-tools ## the fleet on a test machine: create, converge, converge again, verify, destroy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule reset -s default
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/molecule test -s default
+test-fleet: export FLEET_SET ?= 8
+test-fleet: .venv/development.stamp fleet-tools ## seven test machines on Debian 13: create, check, converge, converge again, verify, destroy
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/scenario fleet
 
-fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/create.yml -i inventories/local
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook site.yml tests/fleet/sink.yml -i inventories/local $(ARGS)
+test-single: export FLEET_SET ?= 9
+test-single: .venv/development.stamp fleet-tools ## the same with everything on one machine, on Debian 12
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/scenario default
+
+fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them (INVENTORY=local-single: one machine)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/create.yml -i inventories/$(INVENTORY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook site.yml tests/fleet/sink.yml -i inventories/$(INVENTORY) $(ARGS)
 
 fleet-destroy: .venv/development.stamp ## take the test machines away
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/destroy.yml -i inventories/local
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/destroy.yml -i inventories/$(INVENTORY)
 
 fleet-tools: ## the programs that test machines need (root)
 	@.ci/fleet-tools

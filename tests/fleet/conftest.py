@@ -1,6 +1,8 @@
 """A running fleet under test: machines over plain ssh, and a client outside of it.
 
-FLEET_INVENTORY names the inventory (inventories/local). Sockets stay shut in the tests themselves: they talk through ssh.
+FLEET_INVENTORY names the inventory: inventories/local (seven machines) or inventories/local-single. Tests ask for groups, never
+for names: `fleet.first("redis")`, `fleet.groups`, and the fixture `each_machine`, every machine of the fleet in turn.
+Sockets stay shut in the tests themselves: they talk through ssh.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,9 @@ class Fleet:
     """The inventory's machines by group."""
 
     def __init__(self) -> None:
-        host = _first_machine()
         command = [
             "ansible",
-            host,
+            inventory_groups()["api"][0],
             "-i",
             INVENTORY,
             "-m",
@@ -131,12 +132,24 @@ class Fleet:
         return [json.loads(line) for line in text.splitlines()]
 
 
-def _first_machine() -> str:
-    command = ["ansible-inventory", "-i", INVENTORY, "--graph", "api"]
+@cache
+def inventory_groups() -> dict[str, list[str]]:
+    """The inventory's groups with all their machines."""
+    command = ["ansible-inventory", "-i", INVENTORY, "--list"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    match = re.search(r"--([\w.-]+)$", done.stdout, re.MULTILINE)
-    assert match, done.stdout
-    return match[1]
+    listed = json.loads(done.stdout)
+
+    def machines(group: str) -> list[str]:
+        entry = listed.get(group, {})
+        names = entry.get("hosts", []) + [name for child in entry.get("children", []) for name in machines(child)]
+        return list(dict.fromkeys(names))
+
+    return {group: machines(group) for group in listed if group != "_meta"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "each_machine" in metafunc.fixturenames:
+        metafunc.parametrize("each_machine", inventory_groups()["fleet"])
 
 
 @pytest.fixture(scope="session")

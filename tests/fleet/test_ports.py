@@ -34,7 +34,8 @@ def test_an_outsider_reaches_only_what_is_for_everybody(fleet: Fleet, scanner: s
     address = fleet.ok(machine, f"ip -{family} -brief address show scope global").split()[2].split("/")[0]
     scan = f"nmap {'-6' if family == 6 else ''} -Pn -n -T4 --max-retries 1 --min-rate 20000 -p- -oG - {address}"
     found = {int(port) for port in re.findall(r"(\d+)/open/", fleet.ok(scanner, scan, seconds=120))}
-    assert found == expected(fleet, machine) == {fleet.ports[name] for name in ("http", "https", "smtp")}
+    assert found == expected(fleet, machine)
+    assert found >= {fleet.ports["http"], fleet.ports["https"]}
 
 
 def test_what_listens_on_a_network_address_is_in_the_flow_table(fleet: Fleet) -> None:

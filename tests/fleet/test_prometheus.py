@@ -17,7 +17,8 @@ UNITS = ["prometheus", "prometheus-node-exporter", "prometheus-postgres-exporter
 def everything_is_scraped_again(fleet: Fleet) -> None:
     """Tests before this one stopped things; the next scrape of all is at most 15 s away."""
     give_up = time.monotonic() + 40
-    while query(fleet, "up == 0") and time.monotonic() < give_up:
+    down = "up == 0 or pg_up == 0 or redis_up == 0 or email_database_up == 0"
+    while query(fleet, down) and time.monotonic() < give_up:
         time.sleep(1)
 
 
