@@ -35,8 +35,8 @@ test-demo: .venv/development.stamp ## the demo, end to end
 	$(BIN)/pytest tests/service/test_demo.py
 
 test-rules: ## the alert rules: each fires where it should, and only there
-	.ci/promtool check rules files/prometheus/neoforge.rules.yml
-	.ci/promtool test rules files/prometheus/neoforge.rules.test.yml
+	.ci/promtool check rules files/prometheus/*.rules.yml
+	.ci/promtool test rules files/prometheus/*.rules.test.yml
 
 test-faults: .venv/development.stamp ## the most telling rows of the fault laboratory
 	$(BIN)/pytest -o faulthandler_timeout=600 tests/faults

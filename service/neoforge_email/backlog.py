@@ -46,26 +46,42 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Everything that waits; `stuck` counts rows that no rule moves by kind (all kinds), as of `reconciled_at`."""
+    """Everything that waits; `stuck` counts rows that no rule moves by kind (all kinds), as of `reconciled_at`.
+
+    Before `partitions_end` every message, recipient and event finds a partition of its month.
+    """
 
     waiting: list[Waiting]
     stuck: dict[str, int]
     reconciled_at: datetime
+    partitions_end: datetime
 
 
 async def read(connection: Connection) -> Backlog:
     """Raises TimeoutError after SECONDS, among what the database raises."""
     rows = await connection.fetch(WAITING, timeout=SECONDS)
     stuck = await connection.fetchrow("select sizes::text as sizes, checked_at from stuck_stats()", timeout=SECONDS)
+    partitions_end = await connection.fetchval(PARTITIONS_END, timeout=SECONDS)
     assert stuck is not None
     return Backlog(
         [Waiting(row["what"], row["state"], row["size"], row["oldest_seconds"]) for row in rows],
         dict.fromkeys(KINDS, 0) | msgspec.json.decode(stuck["sizes"]),
         stuck["checked_at"],
+        partitions_end,
     )
 
 
 WAITING = """
 select 'queue' as what, * from queue_stats()
 union all select 'receipts', * from receipt_stats()
+"""
+
+# The earliest end among the tables' last partitions, which are named after their month.
+PARTITIONS_END = """
+select min(last) from (
+    select (to_date(max(right(c.relname, 7)), 'YYYY"m"MM') + interval '1 month') at time zone 'UTC' as last
+    from pg_inherits i join pg_class c on c.oid = i.inhrelid join pg_class p on p.oid = i.inhparent
+    where p.relname in ('email_messages', 'email_contents', 'email_tracking', 'email_events') and p.relkind = 'p'
+    group by p.oid
+) partitions
 """

@@ -102,6 +102,11 @@ class _Backlog:
             "When the reconciler last did all of its work",
             value=read.reconciled_at.timestamp(),
         )
+        yield GaugeMetricFamily(
+            "email_partitions_end_timestamp_seconds",
+            "When the first table has no partition any more",
+            value=read.partitions_end.timestamp(),
+        )
 
     async def _read(self) -> backlog.Backlog:
         connection = await db.connect(self._settings.database_url, "neoforge-metrics")
