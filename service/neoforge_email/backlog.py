@@ -9,6 +9,7 @@ import msgspec
 
 from .db import Connection
 from .reconcile import KINDS
+from .replica import replicated
 
 SECONDS = 5.0
 """A scrape ends within 10 seconds."""
@@ -49,12 +50,14 @@ class Backlog:
     """Everything that waits; `stuck` counts rows that no rule moves by kind (all kinds), as of `reconciled_at`.
 
     Before `partitions_end` every message, recipient and event finds a partition of its month.
+    `replicated` says whether commits wait for a replica; None where none is meant to be.
     """
 
     waiting: list[Waiting]
     stuck: dict[str, int]
     reconciled_at: datetime
     partitions_end: datetime
+    replicated: bool | None
 
 
 async def read(connection: Connection) -> Backlog:
@@ -68,6 +71,7 @@ async def read(connection: Connection) -> Backlog:
         dict.fromkeys(KINDS, 0) | msgspec.json.decode(stuck["sizes"]),
         stuck["checked_at"],
         partitions_end,
+        await replicated(connection),
     )
 
 

@@ -37,6 +37,7 @@ EMAIL_IN_FLIGHT = Gauge("email_in_flight", "Messages leased by this worker now",
 PROVIDER_UP = Gauge("email_provider_up", "The last connection to the provider succeeded", ["provider"])
 BOUNCES_RECEIVED = Counter("bounces_received_total", "Mails that came to the bounce listener", ["result"])
 DATABASE_ERRORS = Counter("database_errors_total", "Calls that failed because PostgreSQL was away", ["operation"])
+DATABASE_READS = Counter("database_reads_total", "Look-ups, by the server that answered", ["server"])
 DOORBELL_ERRORS = Counter("doorbell_errors_total", "Doorbells that could not be rung or heard")
 HTTP_REQUESTS = Counter("http_requests_total", "Requests answered", ["method", "route", "status"])
 HTTP_REQUEST_DURATION = Histogram(

@@ -108,6 +108,13 @@ class _Backlog:
             value=read.partitions_end.timestamp(),
         )
 
+        if read.replicated is not None:
+            yield GaugeMetricFamily(
+                "database_replication_degraded",
+                "Commits wait for no replica: none streams, and what is accepted lies on one machine",
+                value=not read.replicated,
+            )
+
     async def _read(self) -> backlog.Backlog:
         connection = await db.connect(self._settings.database_url, "neoforge-metrics")
         try:

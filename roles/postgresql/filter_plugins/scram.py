@@ -26,6 +26,8 @@ def postgresql_wanted(role: dict[str, Any], passwords: dict[str, str], salt_secr
     return {
         "name": name,
         "login": role.get("login", False),
+        "replication": role.get("replication", False),
+        "bypassrls": role.get("bypassrls", False),
         "verifier": scram_verifier(passwords[name], salt_secret, name) if name in passwords else None,
         "member_of": role.get("member_of", []),
     }

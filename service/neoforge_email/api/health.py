@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from neoforge_email import outbox
 from neoforge_email.db import UNAVAILABLE
+from neoforge_email.replica import replicated
 
 from .runtime import Runtime, Slot
 
@@ -74,17 +75,33 @@ def routes(slot: Slot) -> Sequence[HTTPRouteHandler]:
         """200 while messages are accepted, even with Redis away (`degraded`); 503 when they cannot be."""
         runtime = slot.runtime
         limit = min(runtime.settings.health_check_timeout.total_seconds(), 5.0)
-        database, redis, queue = await asyncio.gather(
+        database, replica, redis, queue = await asyncio.gather(
             _checked(runtime.pool.fetchval("select 1"), limit, "failed", "messages cannot be accepted"),
+            _checked(_replica(runtime), limit, "degraded", "it is not known whether a replica has them"),
             _checked(runtime.redis.ping(), limit, "degraded", "messages are accepted and wait until Redis is back"),
             _checked(backlog.check(runtime), limit, "failed", "the queue cannot be read"),
         )
         checks = {"database": database, "redis": redis, "backlog": queue}
+        if replica is not NONE_MEANT:
+            checks["replica"] = replica
         worst = next((s for s in ("failed", "degraded") if any(c.status == s for c in checks.values())), "ok")
         status = HTTPStatus.SERVICE_UNAVAILABLE if worst == "failed" else HTTPStatus.OK
         return Response(Health(worst, checks), status_code=status, headers={"Cache-Control": "no-store"})
 
     return [live, ready]
+
+
+NONE_MEANT = Check("ok")
+
+
+async def _replica(runtime: Runtime) -> Check:
+    match await replicated(runtime.pool):
+        case None:
+            return NONE_MEANT
+        case False:
+            return Check("degraded", "messages are accepted onto one database machine alone: no replica streams")
+        case True:
+            return Check("ok")
 
 
 async def _checked(call: Awaitable[Any], seconds: float, status: str, consequence: str) -> Check:

@@ -16,6 +16,7 @@ from neoforge_email.doorbell import Doorbell
 from neoforge_email.errors import DatabaseUnavailable
 from neoforge_email.outbox import Intake
 from neoforge_email.redis import connect
+from neoforge_email.replica import Readers, close
 from neoforge_email.settings import Settings
 
 from .auth import KeyRing
@@ -24,28 +25,22 @@ from .submission import Rules
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Made by `run` when the process starts; `readers` is a pool of its own where there is a DATABASE_READ_URL."""
+    """Made by `run` when the process starts."""
 
     settings: Settings
     rules: Rules
     pool: Pool
-    readers: Pool
+    readers: Readers
     redis: Redis
     doorbell: Doorbell
     intake: Intake
     keys: KeyRing
 
     async def get_email(self, user_id: int, email_id: UUID) -> records.Email | None:
-        """A replica may lag behind a message that was accepted a moment ago, so the primary has the last word."""
-        email = await self._get_email(self.readers, user_id, email_id)
-        if email is None and self.readers is not self.pool:
-            email = await self._get_email(self.pool, user_id, email_id)
-        return email
-
-    async def _get_email(self, pool: Pool, user_id: int, email_id: UUID) -> records.Email | None:
-        settings = self.settings
-        return await records.get_email(
-            pool, user_id, email_id, settings.lanes, max_retries=settings.email_worker_max_retries
+        """The user's message of that id, or None. Raises DatabaseUnavailable."""
+        lanes, max_retries = self.settings.lanes, self.settings.email_worker_max_retries
+        return await self.readers.look_up(
+            lambda pool: records.get_email(pool, user_id, email_id, lanes, max_retries=max_retries)
         )
 
 
@@ -72,10 +67,10 @@ class Slot:
         """Start everything; on the way out flush what was accepted, ring the bell for it, and close."""
         async with AsyncExitStack() as stack:
             pool = await stack.enter_async_context(await create_pool(settings, settings.database_url, "neoforge-api"))
-            readers = pool
+            replica = None
             if settings.database_read_url != settings.database_url:
-                made = await create_pool(settings, settings.database_read_url, "neoforge-api-read")
-                readers = await stack.enter_async_context(made)
+                replica = await create_pool(settings, settings.database_read_url, "neoforge-api-read")
+                stack.push_async_callback(close, replica)
             redis = connect(settings)
             stack.push_async_callback(redis.aclose)
             doorbell = Doorbell(redis, settings.doorbell_channel, observability.DOORBELL_ERRORS.inc)
@@ -85,7 +80,14 @@ class Slot:
             await intake.start()
             stack.push_async_callback(intake.close)
             self.runtime = Runtime(
-                settings, Rules.of(settings), pool, readers, redis, doorbell, intake, KeyRing(_finder(pool))
+                settings,
+                Rules.of(settings),
+                pool,
+                Readers(pool, replica),
+                redis,
+                doorbell,
+                intake,
+                KeyRing(_finder(pool)),
             )
             yield
 
