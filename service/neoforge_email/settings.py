@@ -16,6 +16,7 @@ from base64 import b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -110,6 +111,15 @@ def _address(text: str) -> str:
     if not re.fullmatch(r"[^\s@<>,;:\"]+@[A-Za-z0-9.-]+", text) or not text.isascii():
         raise ValueError("write a bare address such as noreply@example.com")
     return text
+
+
+def _networks(text: str) -> tuple[str, ...]:
+    for network in _list(text):
+        try:
+            ip_network(network)
+        except ValueError:
+            raise ValueError(f"{network} is no network; write it as 10.20.0.0/16") from None
+    return _list(text)
 
 
 def _url(text: str) -> str:
@@ -273,6 +283,11 @@ class Settings:
     bounce_domain: str | None = _setting(None, _name)
     bounce_host: str = _setting("127.0.0.1")
     bounce_port: int = _setting("2525", PORT)
+
+    webhook_timeout: timedelta = _setting("30", _seconds(0.1, 300))
+    webhook_max_retries: int = _setting("3", _whole(0, 20))
+    webhook_allowed_networks: tuple[str, ...] = _setting("", _networks)
+    webhook_allow_http: bool = _setting("false", _boolean)
 
     from_email: str | None = _setting(None, _address)
     from_name: str = _setting("")
