@@ -265,13 +265,17 @@ begin
         delete from email_queue q
         where q.id = any(p_id) and q.state in ('uncertain', 'held') and exists (
             select from email_events e where e.email_id = q.id and e.type = 'uncertain')
-        returning q.id
+        returning q.id, q.created_at
+    ), marked as (
+        update email_tracking t set status = 'sent', updated_at = clock()
+        from known k
+        where t.email_id = k.id and t.created_at = k.created_at and t.status in ('queued', 'deferred', 'uncertain')
+        returning t.email_id, t.id, t.user_id
+    ), told as (
+        insert into email_events (arrived_at, occurred_at, email_id, tracking_id, user_id, type, response)
+        select clock(), clock(), m.email_id, m.id, m.user_id, 'released', 'an operator confirmed that it arrived' from marked m
     )
     select array_agg(id) into v_known from known;
-    perform tell(v_known, 'released', array_fill('an operator confirmed that it arrived'::text, array[coalesce(cardinality(v_known), 0)]));
-    update email_tracking t set status = 'sent', updated_at = clock()
-    from unnest(v_known) u(id)
-    where t.email_id = u.id and t.created_at = accepted_at(u.id) and t.status in ('queued', 'deferred', 'uncertain');
     return query select unnest(v_known);
 end $$;
 
