@@ -24,7 +24,7 @@ Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 PACKAGE = Path(__file__).parent
-FUNCTIONS = ("outbox.sql", "events.sql", "reconcile.sql")
+FUNCTIONS = ("outbox.sql", "events.sql", "webhooks.sql", "reconcile.sql")
 
 # What asyncpg raises where nothing is wrong with the statement, and the same one may succeed a moment later: the server is
 # away, restarting, a replica, full or out of memory, or a deadlock or an operator ended the transaction.
@@ -78,6 +78,17 @@ async def read_session(pool: Pool, user_id: int) -> AsyncIterator[Connection]:
             yield cast("Connection", connection)
     except UNAVAILABLE as error:
         raise DatabaseUnavailable("PostgreSQL cannot be reached; nothing was read") from error
+
+
+@asynccontextmanager
+async def write_session(pool: Pool, user_id: int) -> AsyncIterator[Connection]:
+    """A transaction that sees and changes the rows of one user, committed at its end. Raises DatabaseUnavailable."""
+    try:
+        async with pool.acquire() as connection, connection.transaction():
+            await connection.execute("select set_config('app.current_user_id', $1, true)", str(user_id))
+            yield cast("Connection", connection)
+    except UNAVAILABLE as error:
+        raise DatabaseUnavailable("PostgreSQL cannot be reached; look whether it was done, and repeat it") from error
 
 
 @dataclass(frozen=True, slots=True)

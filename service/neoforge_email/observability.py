@@ -36,6 +36,15 @@ EMAIL_CLAIMED = Counter("email_claimed_total", "Messages leased by this worker",
 EMAIL_IN_FLIGHT = Gauge("email_in_flight", "Messages leased by this worker now", ["provider"])
 PROVIDER_UP = Gauge("email_provider_up", "The last connection to the provider succeeded", ["provider"])
 BOUNCES_RECEIVED = Counter("bounces_received_total", "Mails that came to the bounce listener", ["result"])
+WEBHOOK_DELIVERIES = Counter(
+    "webhook_deliveries_total", "Tries to deliver to a customer's endpoint: delivered, retried, dead, late", ["result"]
+)
+WEBHOOK_IN_FLIGHT = Gauge("webhook_in_flight", "Webhook deliveries leased by this worker now")
+WEBHOOK_DELIVERY = Histogram(
+    "webhook_delivery_seconds",
+    "From an event until a customer's endpoint took it",
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 86400, 259200),
+)
 DATABASE_ERRORS = Counter("database_errors_total", "Calls that failed because PostgreSQL was away", ["operation"])
 DATABASE_READS = Counter("database_reads_total", "Look-ups, by the server that answered", ["server"])
 DOORBELL_ERRORS = Counter("doorbell_errors_total", "Doorbells that could not be rung or heard")

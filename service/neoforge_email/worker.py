@@ -25,7 +25,7 @@ from prometheus_client import start_http_server
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from . import db, outbox, providers, reconcile
+from . import db, outbox, providers, reconcile, webhooks
 from .delivery import Delivery
 from .errors import SettingsError
 from .inbound import receipts
@@ -80,6 +80,7 @@ def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any
             cron(ensure_partitions, minute=7, second=0, run_at_startup=True, keep_result=0),
             cron(expire, second=30, keep_result=0),
             cron(forget_idempotency_keys, minute={3, 33}, second=0, keep_result=0),
+            cron(forget_webhooks, minute=13, second=0, keep_result=0),
             cron(reconcile_rows, second=45, keep_result=0),
             cron(forget_receipts, minute={13, 43}, second=0, keep_result=0),
         ],
@@ -120,7 +121,11 @@ async def startup(ctx: dict[str, Any]) -> None:
     logging.getLogger("arq").handlers.clear()
     ctx["pool"] = await db.create_pool(settings, settings.database_url, f"neoforge-worker {settings.instance}")
     ctx["provider"] = providers.create(settings)
-    loops: list[Loop] = [Delivery(ctx["pool"], ctx["provider"], settings), Normaliser(ctx["pool"], settings)]
+    loops: list[Loop] = [
+        Delivery(ctx["pool"], ctx["provider"], settings),
+        Normaliser(ctx["pool"], settings),
+        webhooks.Sender(ctx["pool"], settings),
+    ]
     if settings.enable_metrics and settings.worker_instance:
         ctx["metrics"], _ = start_http_server(settings.metrics_port + settings.worker_instance, settings.metrics_host)
     ctx["loops"] = {loop: asyncio.create_task(loop.run(), name=type(loop).__name__) for loop in loops}
@@ -178,6 +183,12 @@ async def forget_receipts(ctx: dict[str, Any]) -> None:
         log.info("receipts.forgotten", receipts=count)
     while count := await receipts.forget_provider_message_ids(ctx["pool"], PROVIDER_MESSAGE_IDS_KEPT):
         log.info("provider_message_ids.forgotten", ids=count)
+
+
+async def forget_webhooks(ctx: dict[str, Any]) -> None:
+    """Delete what was delivered to customers' endpoints 30 days ago, and dead letters after 90."""
+    while count := await webhooks.forget(ctx["pool"]):
+        log.info("webhooks.forgotten", deliveries=count)
 
 
 async def reconcile_rows(ctx: dict[str, Any]) -> None:
