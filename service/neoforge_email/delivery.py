@@ -1,19 +1,29 @@
 """The delivery loop: from a claimed batch to recorded outcomes.
 
-    claim ─► windows ─► a kept connection ─► attempt, committed ─► the provider's call ─► complete, committed
+    claim ─► windows ─► a provider ─► attempt, committed ─► the provider's call ─► complete, committed
 
 The claim keeps the senders supplied, each sender has one connection at a time, and attempts and completions are
 committed for all that wait at that moment. A lease is renewed for as long as its message is here. Nothing is sent unless
 its attempt is committed and its lease outlasts the call; what is lost with this process is found by the sweep.
+
+A window is one call of the first provider that may take it now. If that one cannot be reached, no attempt was made, and the
+next provider gets it under the same lease. If it definitely did not take a message after the attempt was committed, the message
+goes back to the queue, due at once, and its next lease to another provider: an attempt's id belongs to one provider, and the
+history shows both. What no provider can take waits for EMAIL_WORKER_ERROR_INTERVAL. Refusals and attempts without an answer
+change no provider.
+
+A message whose attempt may have killed a worker is a suspect. Suspects go alone and one after the other, so that the one that
+kills takes no other suspect along, and whatever goes out beside it becomes a suspect but once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
@@ -36,11 +46,11 @@ from .observability import (
     EMAILS_LATE,
     EMAILS_SENT,
     EMAILS_UNCERTAIN,
-    PROVIDER_UP,
 )
 from .outbox import Claim, Completion
 from .patience import patiently
 from .providers.base import Connection, Outcome, Provider, Result, Scope
+from .providers.router import Router, Turn
 from .settings import Settings
 
 log = structlog.get_logger()
@@ -50,16 +60,40 @@ T = TypeVar("T")
 LEASE = timedelta(seconds=60)
 """How long a claim holds its messages; renewed at a third of it. Raised where a provider's time-out asks for more."""
 
+MOST_SUSPECTS = 100
+"""How many suspects wait here for their turn; the others wait in the queue, so that they keep nobody else out."""
 
-MOST_HELD = 2000
-"""Messages that a worker holds at most, however wide the provider's calls are."""
+REMEMBERED = 10_000
+"""Messages of which is remembered who declined them. One that is forgotten may be declined once more."""
+
+
+@dataclass(order=True, slots=True)
+class _Window:
+    """Claims that make up one call; `tried` are the providers that have declined them. More urgent ones come first."""
+
+    lane: int
+    number: int
+    claims: list[Claim] = field(compare=False)
+    tried: frozenset[str] = field(compare=False)
+
+    @property
+    def messages(self) -> list[Message]:
+        return [claimed.message for claimed in self.claims]
+
+    def parts(self, calls: Iterable[Sequence[Message]]) -> Iterator[_Window]:
+        """The window, cut into calls of its messages."""
+        claims = {claimed.message.id: claimed for claimed in self.claims}
+        for call in calls:
+            part = [claims[message.id] for message in call]
+            yield _Window(part[0].lane, self.number, part, self.tried)
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """A window that waits for its attempt to be committed; the future gives the messages that may be sent."""
+    """A call that waits for its attempts to be committed; the future gives the messages that may be sent."""
 
     messages: list[Message]
+    provider: Provider
     allowed: asyncio.Future[set[UUID]]
 
 
@@ -74,11 +108,13 @@ class _Held:
 class Delivery:
     """Delivers what is due until it is stopped. `run` ends with an error if any part of the loop does."""
 
-    def __init__(self, pool: Pool, provider: Provider, settings: Settings, *, lease: timedelta | None = None) -> None:
+    def __init__(self, pool: Pool, router: Router, settings: Settings, *, lease: timedelta | None = None) -> None:
         self._pool = pool
-        self._provider = provider
+        self._router = router
+        self._name = router.routes[0].name  # the label of what is nobody's yet
         self._owner = settings.instance
-        self._lease = lease or max(LEASE, 2 * provider.timeout + timedelta(seconds=10))
+        slowest = max(provider.timeout for provider in router.providers)
+        self._lease = lease or max(LEASE, 2 * slowest + timedelta(seconds=10))
         self._interval = settings.email_worker_interval.total_seconds()
         self._error_interval = settings.email_worker_error_interval.total_seconds()
         self._backoff = Backoff(
@@ -89,11 +125,13 @@ class Delivery:
             error_interval=settings.email_worker_error_interval,
             uncertain_wait=settings.email_uncertain_wait,
         )
-        self._reporting = [provider.name] if provider.reports else []
-        self._capacity = min(2 * provider.connections * provider.window, MOST_HELD)
+        self._reporting = [provider.name for provider in router.providers if provider.reports]
         self._turn = outbox.Turn()
         self._held: dict[str, _Held] = {}
-        self._windows: asyncio.Queue[list[Claim]] = asyncio.Queue()
+        self._windows: asyncio.PriorityQueue[_Window] = asyncio.PriorityQueue()
+        self._suspects: asyncio.PriorityQueue[_Window] = asyncio.PriorityQueue()
+        self._numbers = itertools.count()
+        self._tried: dict[UUID, frozenset[str]] = {}
         self._attempts: list[_Attempt] = []
         self._completions: list[Completion] = []
         self._wake = asyncio.Event()
@@ -101,7 +139,6 @@ class Delivery:
         self._completion_waits = asyncio.Event()
         self._idle = asyncio.Event()
         self._stopping = False
-        self._paused_until = 0.0
 
     def ring(self) -> None:
         """The doorbell: there may be something due."""
@@ -120,9 +157,9 @@ class Delivery:
                     "complete": self._complete,
                 }.items()
             ]
-            senders = [
-                tasks.create_task(self._send(), name=f"send-{number}") for number in range(self._provider.connections)
-            ]
+            connections = max(provider.connections for provider in self._router.providers)
+            senders = [tasks.create_task(self._send(self._windows), name=f"send-{n}") for n in range(connections)]
+            senders.append(tasks.create_task(self._send(self._suspects), name="send-suspects"))
             await self._claim()
             await self._give_back()
             while self._held:
@@ -148,26 +185,49 @@ class Delivery:
         """Keep the senders supplied: claim when half of the capacity is free, wake by doorbell, completion and timer."""
         while not self._stopping:
             self._wake.clear()
-            free = self._capacity - len(self._held)
-            pause = self._paused_until - time.monotonic()
-            if pause > 0:
+            if pause := self._router.wait():
                 await self._until_woken(min(pause, self._interval))
                 continue
-            if free >= self._capacity // 2:
+            capacity = self._router.capacity()
+            free = capacity - len(self._held) + self._suspects.qsize()
+            if free >= max(capacity // 2, 1):
                 began = time.monotonic()
                 claims = await self._patiently("claim", self._claim_once, free)
                 for claimed in claims:
                     until = began + self._lease.total_seconds()
                     self._held[claimed.message.attempt] = _Held(claimed.message, until)
-                EMAIL_CLAIMED.labels(self._provider.name).inc(len(claims))
-                EMAIL_IN_FLIGHT.labels(self._provider.name).set(len(self._held))
-                for window in _windows(claims, self._provider):
-                    self._windows.put_nowait(window)
-                if len(claims) >= free // 2:
+                EMAIL_CLAIMED.labels(self._name).inc(len(claims))
+                EMAIL_IN_FLIGHT.labels(self._name).set(len(self._held))
+                await self._supply(claims)
+                if len(claims) >= free // 2 and claims:
                     continue
                 if not self._held:
                     self._idle.set()
             await self._until_woken(self._interval)
+
+    async def _supply(self, claims: Sequence[Claim]) -> None:
+        """Cut what was claimed into calls of the provider that will most likely take them."""
+        calm: dict[frozenset[str], list[Claim]] = {}
+        suspects: list[Claim] = []
+        for claimed in sorted(claims, key=lambda claimed: claimed.lane):
+            if not claimed.message.open_recipients:
+                self._record([self._settled(claimed)])
+            elif claimed.suspect:
+                suspects.append(claimed)
+            else:
+                calm.setdefault(self._tried.pop(claimed.message.id, NOBODY), []).append(claimed)
+        calls = self._router.preferred().calls
+        for tried, alike in calm.items():
+            whole = _Window(0, 0, alike, tried)
+            for window in whole.parts(calls(whole.messages)):
+                window.number = next(self._numbers)
+                self._windows.put_nowait(window)
+        room = max(MOST_SUSPECTS - self._suspects.qsize(), 0)
+        for claimed in suspects[:room]:
+            tried = self._tried.pop(claimed.message.id, NOBODY)
+            self._suspects.put_nowait(_Window(claimed.lane, next(self._numbers), [claimed], tried))
+        if suspects[room:]:
+            await self._release(_Window(0, 0, suspects[room:], NOBODY), self._error_interval)
 
     async def _claim_once(self, free: int) -> list[Claim]:
         return await outbox.claim(self._pool, self._owner, free, self._lease, self._turn)
@@ -181,56 +241,71 @@ class Delivery:
 
     async def _give_back(self) -> None:
         """Release what no sender has begun with."""
-        rest = [claimed.message for window in _drain(self._windows) for claimed in window]
-        if rest:
-            await self._patiently("release", outbox.release, self._pool, rest, timedelta())
-            self._let_go(rest)
+        for window in (*_drain(self._windows), *_drain(self._suspects)):
+            await self._release(window)
+
+    async def _release(self, window: _Window, delay_seconds: float = 0) -> None:
+        await self._patiently("release", outbox.release, self._pool, window.messages, timedelta(seconds=delay_seconds))
+        self._let_go(window.messages)
 
     # --- send --------------------------------------------------------------------------------------------------
 
-    async def _send(self) -> None:
+    async def _send(self, windows: asyncio.PriorityQueue[_Window]) -> None:
         while True:
-            window = await self._windows.get()
-            unsent = [self._settled(claimed) for claimed in window if not claimed.message.open_recipients]
-            self._record(unsent)
-            window = [claimed for claimed in window if claimed.message.open_recipients]
-            if window:
-                await self._send_window(window)
+            await self._deliver(await windows.get(), windows)
 
-    async def _send_window(self, window: list[Claim]) -> None:
-        messages = [claimed.message for claimed in window]
+    async def _deliver(self, window: _Window, windows: asyncio.PriorityQueue[_Window]) -> None:
+        """Send a window by the first provider that may take it now. What goes beyond one call is put back to `windows`."""
+        while not self._stopping:
+            turn = await self._router.find(window.messages, window.tried)
+            if turn is None:
+                break
+            if isinstance(turn, float):
+                await asyncio.sleep(turn)
+                continue
+            if turn.rest:
+                window, *rest = window.parts([turn.messages, *turn.rest])
+                for further in rest:
+                    windows.put_nowait(further)
+            if await self._send_window(turn, window):
+                return
+            window.tried |= {turn.route.name}
+        await self._release(window, self._error_interval if window.tried else 0)
+
+    async def _send_window(self, turn: Turn, window: _Window) -> bool:
+        """One call by the provider whose turn it is; False if it could not be used, and nothing was done."""
+        provider, results, mine = turn.route.provider, [], []
         try:
-            async with self._provider.connection() as connection:
-                PROVIDER_UP.labels(self._provider.name).set(1)
-                allowed = await self._attempted(messages)
-                mine = [claimed for claimed in window if claimed.message.id in allowed]
+            async with provider.connection() as connection:
+                allowed = await self._attempted(window.messages, provider)
+                mine = [claimed for claimed in window.claims if claimed.message.id in allowed]
+                attempted_at = datetime.now(UTC)
                 if mine:
-                    attempted_at = datetime.now(UTC)
-                    results = await self._call(connection, mine)
-                    self._record(
-                        self._judged(claimed, result, attempted_at)
-                        for claimed, result in zip(mine, results, strict=True)
-                    )
+                    results = await self._call(connection, provider, mine)
         except ProviderUnavailable as error:
-            PROVIDER_UP.labels(self._provider.name).set(0)
-            if time.monotonic() >= self._paused_until:
-                log.warning("provider.unavailable", provider=self._provider.name, reason=error.detail)
-            self._paused_until = time.monotonic() + self._error_interval
-            await self._patiently("release", outbox.release, self._pool, messages, timedelta())
-            self._let_go(messages)
+            turn.route.unavailable(turn.era, error)
+            return False
+        turn.route.ended(turn.era, results)
+        tried = window.tried | {provider.name}
+        self._record(
+            self._judged(claimed, result, provider, attempted_at, tried)
+            for claimed, result in zip(mine, results, strict=True)
+        )
+        return True
 
-    async def _call(self, connection: Connection, window: Sequence[Claim]) -> list[tuple[Result, ...]]:
+    async def _call(
+        self, connection: Connection, provider: Provider, window: Sequence[Claim]
+    ) -> list[tuple[Result, ...]]:
         """The provider's call. A fault of our own in it leaves open what was sent, and must not stop the loop."""
         try:
-            return await connection.send([claimed.message for claimed in window], self._may_start(window))
+            return await connection.send([claimed.message for claimed in window], self._may_start(provider, window))
         except Exception:
-            log.exception("provider.call_failed", provider=self._provider.name, messages=len(window))
+            log.exception("provider.call_failed", provider=provider.name, messages=len(window))
             return [(CALL_FAILED,) * len(claimed.message.open_recipients) for claimed in window]
 
-    def _may_start(self, window: Sequence[Claim]) -> Callable[[], bool]:
+    def _may_start(self, provider: Provider, window: Sequence[Claim]) -> Callable[[], bool]:
         """A message may be started while we are not stopping and every lease of its window outlasts one call."""
-        call_seconds = self._provider.timeout.total_seconds()
-
+        call_seconds = provider.timeout.total_seconds()
         leases = [self._held[claimed.message.attempt] for claimed in window]
 
         def may_start() -> bool:
@@ -239,55 +314,70 @@ class Delivery:
 
         return may_start
 
-    async def _attempted(self, messages: list[Message]) -> set[UUID]:
-        waiting = _Attempt(messages, asyncio.get_running_loop().create_future())
+    async def _attempted(self, messages: list[Message], provider: Provider) -> set[UUID]:
+        waiting = _Attempt(messages, provider, asyncio.get_running_loop().create_future())
         self._attempts.append(waiting)
         self._attempt_waits.set()
         return await waiting.allowed
 
     async def _attempt(self) -> None:
-        """Commit the attempts of all windows that wait, in one statement."""
+        """Commit the attempts of all calls that wait, in one statement."""
         while True:
             await self._attempt_waits.wait()
             self._attempt_waits.clear()
             waiting, self._attempts = self._attempts, []
-            messages = [message for window in waiting for message in window.messages]
+            attempts = [
+                outbox.Attempt(message, call.provider.name, call.provider.timeout)
+                for call in waiting
+                for message in call.messages
+            ]
             try:
-                allowed = await outbox.attempt(
-                    self._pool,
-                    [outbox.Attempt(message, self._provider.name, self._provider.timeout) for message in messages],
-                )
+                allowed = await outbox.attempt(self._pool, attempts)
             except UNAVAILABLE as error:
                 # It may have been committed. Nothing was sent, and the completion says so as soon as it can.
                 DATABASE_ERRORS.labels("attempt").inc()
                 log.warning("database.unavailable", operation="attempt", reason=type(error).__name__)
                 allowed = set()
-                self._record(Completion(message, UNTOUCHED, (), None, None) for message in messages)
+                self._record(Completion(item.message, UNTOUCHED, (), None, None) for item in attempts)
             else:
-                self._let_go(message for message in messages if message.id not in allowed)
-            for window in waiting:
-                window.allowed.set_result(allowed)
+                self._let_go(item.message for item in attempts if item.message.id not in allowed)
+            for call in waiting:
+                call.allowed.set_result(allowed)
 
     # --- complete ----------------------------------------------------------------------------------------------
 
-    def _judged(self, claimed: Claim, results: tuple[Result, ...], attempted_at: datetime) -> Completion:
+    def _judged(
+        self,
+        claimed: Claim,
+        results: tuple[Result, ...],
+        provider: Provider,
+        attempted_at: datetime,
+        tried: frozenset[str],
+    ) -> Completion:
         decision = decide(
             results,
             claimed.tries,
             self._backoff,
             random.random(),  # noqa: S311 - jitter, not a secret
-            reports=self._provider.reports,
+            reports=provider.reports,
         )
+        # Put off, and no refusal counted: the provider is to blame.
+        declined = decision.state is QueueState.SCHEDULED and decision.tries == claimed.tries
+        if declined and self._router.other(tried):
+            decision = replace(decision, state=QueueState.QUEUED, delay=timedelta())
+            self._tried[claimed.message.id] = tried
+            if len(self._tried) > REMEMBERED:
+                del self._tried[next(iter(self._tried))]
         recipients = claimed.message.open_recipients if decision.recipients else ()
         if any(result.outcome is Outcome.TAKEN for result in results):
             age = datetime.now(UTC) - claimed.message.created_at
-            EMAIL_DELIVERY.labels(self._provider.name).observe(max(age.total_seconds(), 0.0))
+            EMAIL_DELIVERY.labels(provider.name).observe(max(age.total_seconds(), 0.0))
         provider_message_ids = tuple(result.provider_message_id for result in results)[: len(recipients)]
-        return self._completion(claimed, decision, recipients, attempted_at, provider_message_ids)
+        return self._completion(claimed, decision, recipients, attempted_at, provider.name, provider_message_ids)
 
     def _settled(self, claimed: Claim) -> Completion:
         """A message that needs no attempt: every recipient that was open is suppressed."""
-        return self._completion(claimed, Decision(None, timedelta(), claimed.tries, ()), (), None)
+        return self._completion(claimed, Decision(None, timedelta(), claimed.tries, ()), (), None, None)
 
     def _completion(
         self,
@@ -295,13 +385,14 @@ class Delivery:
         decision: Decision,
         recipients: tuple[Recipient, ...],
         attempted_at: datetime | None,
+        provider: str | None,
         provider_message_ids: tuple[str | None, ...] = (),
     ) -> Completion:
         """Add the suppressed recipients to what is recorded, and count it all."""
         if decision.state is not QueueState.QUEUED:
             recipients += claimed.suppressed
             decision = replace(decision, recipients=decision.recipients + (SUPPRESSED,) * len(claimed.suppressed))
-        name = self._provider.name
+        name = provider or self._name
         for verdict in decision.recipients:
             if verdict.status is Status.SENT:
                 EMAILS_SENT.labels(name).inc()
@@ -311,9 +402,7 @@ class Delivery:
                 EMAILS_FAILED.labels(name, verdict.status.value).inc()
         if decision.state is QueueState.UNCERTAIN:
             EMAILS_UNCERTAIN.labels(name).inc()
-        return Completion(
-            claimed.message, decision, recipients, attempted_at, name if attempted_at else None, provider_message_ids
-        )
+        return Completion(claimed.message, decision, recipients, attempted_at, provider, provider_message_ids)
 
     def _record(self, completions: Iterable[Completion]) -> None:
         self._completions.extend(completions)
@@ -335,10 +424,13 @@ class Delivery:
 
     async def _complete_once(self, batch: Sequence[Completion]) -> None:
         won, twice = await outbox.complete(self._pool, batch)
-        EMAILS_LATE.labels(self._provider.name).inc(len(batch) - len(won))
-        for email_id in twice:
-            EMAILS_DUPLICATE.labels(self._provider.name).inc()
-            log.error("email.duplicate", email_id=str(email_id), provider=self._provider.name)
+        for item in batch if len(won) < len(batch) or twice else ():
+            name = item.provider or self._name
+            if item.message.id not in won:
+                EMAILS_LATE.labels(name).inc()
+            if item.message.id in twice:
+                EMAILS_DUPLICATE.labels(name).inc()
+                log.error("email.duplicate", email_id=str(item.message.id), provider=name)
 
     async def _complete_singly(self, batch: Sequence[Completion]) -> None:
         """One outcome that cannot be stored must not keep the others; its message becomes uncertain and is seen."""
@@ -351,7 +443,7 @@ class Delivery:
     def _let_go(self, messages: Iterable[Message]) -> None:
         for message in messages:
             self._held.pop(message.attempt, None)
-        EMAIL_IN_FLIGHT.labels(self._provider.name).set(len(self._held))
+        EMAIL_IN_FLIGHT.labels(self._name).set(len(self._held))
         self._wake.set()
 
     # --- time --------------------------------------------------------------------------------------------------
@@ -366,7 +458,7 @@ class Delivery:
             await asyncio.sleep(self._interval)
             swept = await self._patiently("sweep", outbox.sweep, self._pool, self._backoff, self._reporting)
             if swept.uncertain:
-                EMAILS_UNCERTAIN.labels(self._provider.name).inc(swept.uncertain)
+                EMAILS_UNCERTAIN.labels(self._name).inc(swept.uncertain)
                 log.warning("attempt.lost", messages=swept.uncertain)
             if swept.held:
                 log.error("email.held", messages=swept.held)
@@ -399,22 +491,12 @@ CALL_FAILED = Result(Outcome.UNCERTAIN, Scope.MESSAGE, "the provider's call fail
 
 SUPPRESSED = Verdict(Status.SUPPRESSED, EventType.DROPPED, "on the suppression list")
 
+NOBODY: frozenset[str] = frozenset()
+
 UNTOUCHED = Decision(QueueState.QUEUED, timedelta(), 0, ())
 """Back to the queue as it was: the attempt's commit is unknown, and nothing was sent."""
 
 
-def _windows(claims: Sequence[Claim], provider: Provider) -> Iterator[list[Claim]]:
-    """Cut a claim into windows, more urgent lanes first, each what one call of the provider takes: after a crash no more than
-    one call's messages are uncertain. A suspect goes alone, so that it can harm no other."""
-    ordered = sorted(claims, key=lambda claimed: claimed.lane)
-    for claimed in ordered:
-        if claimed.suspect:
-            yield [claimed]
-    calm = {claimed.message.id: claimed for claimed in ordered if not claimed.suspect}
-    for call in provider.calls([claimed.message for claimed in calm.values()]):
-        yield [calm[message.id] for message in call]
-
-
-def _drain(windows: asyncio.Queue[list[Claim]]) -> Iterator[list[Claim]]:
+def _drain(windows: asyncio.PriorityQueue[_Window]) -> Iterator[_Window]:
     while not windows.empty():
         yield windows.get_nowait()

@@ -34,7 +34,10 @@ EMAIL_DELIVERY = Histogram(
 )
 EMAIL_CLAIMED = Counter("email_claimed_total", "Messages leased by this worker", ["provider"])
 EMAIL_IN_FLIGHT = Gauge("email_in_flight", "Messages leased by this worker now", ["provider"])
-PROVIDER_UP = Gauge("email_provider_up", "The last connection to the provider succeeded", ["provider"])
+PROVIDER_UP = Gauge("email_provider_up", "The last call of the provider was answered", ["provider"])
+PROVIDER_BREAKER_OPEN = Gauge(
+    "email_provider_breaker_open", "The provider failed so often that this worker only probes it", ["provider"]
+)
 BOUNCES_RECEIVED = Counter("bounces_received_total", "Mails that came to the bounce listener", ["result"])
 WEBHOOK_DELIVERIES = Counter(
     "webhook_deliveries_total", "Tries to deliver to a customer's endpoint: delivered, retried, dead, late", ["result"]

@@ -83,6 +83,16 @@ def _list(text: str) -> tuple[str, ...]:
     return tuple(part for part in (piece.strip() for piece in text.split(",")) if part)
 
 
+PROVIDERS = ("sendgrid", "smtp", "ses", "memory")
+
+
+def _providers(text: str) -> tuple[str, ...]:
+    names = _list(text)
+    if any(name not in PROVIDERS for name in names) or len(set(names)) < len(names):
+        raise ValueError("write each of " + ", ".join(PROVIDERS) + " once at most, by comma")
+    return names
+
+
 def _path(text: str) -> str:
     if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", text):
         raise ValueError("write a path such as /api/v1")
@@ -256,7 +266,10 @@ class Settings:
     redis_socket_timeout: timedelta = _setting("5", _seconds(0.1, 60))
     redis_socket_connect_timeout: timedelta = _setting("5", _seconds(0.1, 60))
 
-    email_provider: str = _setting("smtp", _one_of("sendgrid", "smtp", "ses", "memory"))
+    email_provider: str = _setting("smtp", _one_of(*PROVIDERS))
+    email_provider_fallbacks: tuple[str, ...] = _setting("", _providers)
+    provider_breaker_failures: int = _setting("5", _whole(1, 1000))
+    provider_breaker_wait: timedelta = _setting("30", _seconds(0.1, 3600))
     smtp_server: str = _setting("127.0.0.1")
     smtp_port: int = _setting("587", PORT)
     smtp_username: str | None = _setting(None)
@@ -266,10 +279,12 @@ class Settings:
     smtp_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     smtp_ca_file: Path | None = _setting(None, _file)
     smtp_connections: int = _setting("8", _whole(1, 1000))
+    smtp_rate: int = _setting("0", _whole(0, 1_000_000))
     sendgrid_api_key: str | None = _setting(None, secret=True)
     sendgrid_url: str = _setting("https://api.sendgrid.com", _url)
     sendgrid_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     sendgrid_connections: int = _setting("8", _whole(1, 1000))
+    sendgrid_rate: int = _setting("0", _whole(0, 1_000_000))
     sendgrid_webhook_secret: str | None = _setting(None, _verification_key, secret=True)
     sendgrid_webhook_max_age: timedelta = _setting("86400", _seconds(1, 86400))
     aws_region: str | None = _setting(None, _name)
@@ -279,6 +294,7 @@ class Settings:
     ses_configuration_set: str | None = _setting(None, _name)
     ses_timeout: timedelta = _setting("30", _seconds(0.1, 600))
     ses_connections: int = _setting("8", _whole(1, 1000))
+    ses_rate: int = _setting("0", _whole(0, 1_000_000))
     ses_topic_arns: tuple[str, ...] = _setting("", _list)
     bounce_domain: str | None = _setting(None, _name)
     bounce_host: str = _setting("127.0.0.1")
@@ -380,6 +396,11 @@ class Settings:
         }
 
     @property
+    def email_providers(self) -> tuple[str, ...]:
+        """The provider of EMAIL_PROVIDER and its fall-backs, in the order in which they are tried."""
+        return (self.email_provider, *self.email_provider_fallbacks)
+
+    @property
     def doorbell_channel(self) -> str:
         """The Redis channel on which the API says that messages were committed."""
         return f"{self.email_queue_name}:doorbell"
@@ -408,8 +429,10 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     lanes = {values[f"email_queue_priority_{name}"] for name in ("high", "normal", "low")}
     dkim = [values[name] for name in ("dkim_domain", "dkim_selector", "dkim_private_key")]
     tls = (values["ssl_certfile"], values["ssl_keyfile"])
+    providers = (values["email_provider"], *values["email_provider_fallbacks"])
     checks = {
-        "AWS_REGION: must be set for the provider ses": values["email_provider"] == "ses" and not values["aws_region"],
+        "EMAIL_PROVIDER_FALLBACKS: must not name EMAIL_PROVIDER again": len(set(providers)) < len(providers),
+        "AWS_REGION: must be set for the provider ses": "ses" in providers and not values["aws_region"],
         "AWS_SECRET_ACCESS_KEY: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together": bool(
             values["aws_access_key_id"]
         )

@@ -132,7 +132,7 @@ async def startup(ctx: dict[str, Any]) -> None:
     for task in ctx["loops"].values():
         task.add_done_callback(_end_process_if_lost)
     ctx["doorbell"] = asyncio.create_task(_listen(ctx["redis"], settings.doorbell_channel, loops), name="doorbell")
-    log.info("worker.started", instance=settings.instance, provider=settings.email_provider)
+    log.info("worker.started", instance=settings.instance, providers=settings.email_providers)
     if ctx["burst"]:
         for loop in loops:
             await loop.drained()

@@ -83,6 +83,7 @@ BESIDE = {
     "outbox:expire": "not on the way of a message: once a minute",
     "outbox:forget_idempotency_keys": "not on the way of a message: clearing up",
     "outbox:queue_stats": "not on the way of a message: metrics",
+    "providers.router:Router.find:route.limit.take": "under a rate only, and it never fails: tests/service has its cases",
     "providers.ses:SesConnection._to:self._to": "asks again without those whom SES refuses; the double refuses nobody",
     "worker:expire": "not on the way of a message: once a minute",
     "worker:forget": "not on the way of a message: clearing up",

@@ -222,6 +222,7 @@ class Machine:
             "EMAIL_WORKER_INTERVAL": "0.2",
             "EMAIL_WORKER_ERROR_INTERVAL": "0.5",
             "EMAIL_RETRY_DELAY": "0.5",
+            "PROVIDER_BREAKER_WAIT": "0.5",
             "FROM_EMAIL": "faults@example.com",
             "ENABLE_METRICS": "false",
             "WORKER_PROCESSES": "1",

@@ -23,6 +23,7 @@ def environment(database: Database, redis_url: str) -> dict[str, str]:
         "EMAIL_PROVIDER": "memory",
         "EMAIL_WORKER_INTERVAL": "0.1",
         "EMAIL_WORKER_ERROR_INTERVAL": "0.1",
+        "PROVIDER_BREAKER_WAIT": "0.2",
         "FROM_EMAIL": "noreply@example.com",
         "ENABLE_METRICS": "false",
         "WORKER_PROCESSES": "1",

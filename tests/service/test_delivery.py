@@ -17,57 +17,14 @@ import pytest
 
 from neoforge_email import db
 from neoforge_email.delivery import Delivery
-from neoforge_email.message import Draft, Kind, Mailbox, Message, Recipient
+from neoforge_email.message import Message, Recipient
 from neoforge_email.outbox import Intake
 from neoforge_email.providers.base import Outcome, Result, Scope
-from neoforge_email.providers.memory import MemoryProvider
+from neoforge_email.providers.memory import MemoryProvider, take
+from neoforge_email.providers.router import Router
 from neoforge_email.settings import Settings
+from tests.delivering import System, a_draft, delivering
 from tests.support import Database, Sink
-
-
-class System:
-    """An intake, a delivery loop and a provider over one database."""
-
-    def __init__(self, intake: Intake, delivery: Delivery, provider: MemoryProvider, superuser: db.Connection) -> None:
-        self.intake = intake
-        self.delivery = delivery
-        self.provider = provider
-        self.superuser = superuser
-
-    async def send(self, count: int = 1, **changes: Any) -> None:
-        await asyncio.gather(*(self.intake.accept(a_draft(f"{n}@example.net", **changes)) for n in range(count)))
-
-    async def statuses(self) -> dict[str, int]:
-        rows = await self.superuser.fetch("select status::text as status, count(*) from email_tracking group by 1")
-        return {row["status"]: row["count"] for row in rows}
-
-    async def queue(self) -> dict[str, int]:
-        rows = await self.superuser.fetch("select state::text as state, count(*) from email_queue group by 1")
-        return {row["state"]: row["count"] for row in rows}
-
-    async def until(self, reached: Callable[[], Any], seconds: float = 10) -> None:
-        async with asyncio.timeout(seconds):
-            while not await reached():
-                await asyncio.sleep(0.02)
-
-
-def a_draft(recipient: str, **changes: Any) -> Draft:
-    values: dict[str, Any] = {
-        "user_id": 1,
-        "lane": 2,
-        "sender": Mailbox("shop@example.com"),
-        "reply_to": None,
-        "subject": "Your order",
-        "headers": {},
-        "tags": [],
-        "metadata": {},
-        "html": None,
-        "text": "It has left.",
-        "recipients": [(Kind.TO, Mailbox(recipient))],
-        "idempotency_key": None,
-        "body_hash": b"",
-    }
-    return Draft(**{**values, **changes})
 
 
 @pytest.fixture
@@ -76,32 +33,16 @@ def system(database: Database, make_settings: Callable[..., Settings]) -> Callab
 
     @asynccontextmanager
     async def run(
-        answer: Callable[[Message, Recipient], Result] | None = None,
+        answer: Callable[[Message, Recipient], Result] = take,
         delay: timedelta = timedelta(0),
         provider: MemoryProvider | None = None,
         **variables: str,
     ) -> AsyncIterator[System]:
-        api, worker = make_settings("api", **variables), make_settings("worker", **variables)
-        superuser = await db.connect(Database.url(database.superuser), "test")
-        await superuser.execute("insert into users (name) values ('shop') on conflict do nothing")
-        provider = provider or MemoryProvider(window=5, connections=4, timeout=timedelta(seconds=2), delay=delay)
-        if answer is not None:
-            provider.answer = answer
-        async with (
-            await db.create_pool(api, api.database_url, "test-api") as pool,
-            await db.create_pool(worker, worker.database_url, "test-worker") as worker_pool,
-        ):
-            delivery = Delivery(worker_pool, provider, worker)
-            intake = Intake(pool, expire_after=timedelta(hours=1), on_commit=delivery.ring)
-            await intake.start()
-            running = asyncio.create_task(delivery.run())
-            try:
-                yield System(intake, delivery, provider, superuser)
-            finally:
-                delivery.stop()
-                await running
-                await intake.close()
-        await superuser.close()
+        provider = provider or MemoryProvider(
+            window=5, connections=4, timeout=timedelta(seconds=2), delay=delay, answer=answer
+        )
+        async with delivering(database, make_settings, [provider], **variables) as s:
+            yield s
 
     return run
 
@@ -170,7 +111,7 @@ async def test_a_deferred_message_is_tried_again_until_it_is_taken(system: Any) 
 
     async with system(answer, EMAIL_RETRY_DELAY="0.1") as s:
         await s.send(10)
-        await s.until(lambda: is_empty(s))
+        await s.until(s.is_empty)
         assert await s.statuses() == {"sent": 10}
         assert set(tries.values()) == {3}
         kinds = await s.superuser.fetch("select type::text as type, count(*) from email_events group by 1")
@@ -183,7 +124,7 @@ async def test_a_message_that_is_refused_too_often_fails(system: Any) -> None:
 
     async with system(answer, EMAIL_RETRY_DELAY="0.1", EMAIL_WORKER_MAX_RETRIES="2") as s:
         await s.send()
-        await s.until(lambda: is_empty(s))
+        await s.until(s.is_empty)
         assert await s.statuses() == {"failed": 1}
 
 
@@ -194,7 +135,7 @@ async def test_an_unreachable_provider_uses_up_no_retry_and_leaves_no_event(syst
         await asyncio.sleep(1)
         assert await s.superuser.fetchval("select count(*) from email_events") == 0
         s.provider.unavailable = None
-        await s.until(lambda: is_empty(s))
+        await s.until(s.is_empty)
         assert await s.statuses() == {"sent": 50}
 
 
@@ -209,7 +150,7 @@ async def test_an_attempt_without_an_answer_is_sent_again_under_the_same_message
 
     async with system(answer, EMAIL_RETRY_DELAY="0.1") as s:
         await s.send()
-        await s.until(lambda: is_empty(s))
+        await s.until(s.is_empty)
         assert await s.statuses() == {"sent": 1}
         assert seen[0][0] == seen[1][0]
         assert seen[0][1] != seen[1][1]
@@ -228,7 +169,7 @@ async def test_a_fault_inside_the_providers_call_is_contained(system: Any) -> No
 
     async with system(answer, EMAIL_RETRY_DELAY="0.1") as s:
         await s.send(20)
-        await s.until(lambda: is_empty(s))
+        await s.until(s.is_empty)
         assert await s.statuses() == {"sent": 20}
 
 
@@ -238,7 +179,7 @@ async def test_a_suppressed_recipient_is_not_sent_to_and_the_message_is_done(sys
             "insert into suppressions (user_id, address, reason) values (1, '0@example.net', 'bounce')"
         )
         await s.send(2)
-        await s.until(lambda: is_empty(s))
+        await s.until(s.is_empty)
         assert await s.statuses() == {"sent": 1, "suppressed": 1}
 
 
@@ -268,7 +209,7 @@ async def test_deadlocks_and_a_full_disk_cost_no_message_and_send_none_twice(sys
                 for each statement execute function fail_now_and_then();
         """)
         await s.send(300)
-        await s.until(lambda: is_empty(s), 30)
+        await s.until(s.is_empty, 30)
         assert await s.statuses() == {"sent": 300}
         assert len({taken.message.id for taken in s.provider.taken}) == len(s.provider.taken) == 300
 
@@ -292,7 +233,7 @@ async def test_a_worker_that_was_frozen_beyond_its_lease_starts_nothing_on_the_l
         await db.create_pool(settings, settings.database_url, "test-api") as pool,
         await db.create_pool(worker, worker.database_url, "test-worker") as worker_pool,
     ):
-        delivery = Delivery(worker_pool, provider, worker, lease=timedelta(seconds=0.6))
+        delivery = Delivery(worker_pool, Router.of([provider], worker), worker, lease=timedelta(seconds=0.6))
         intake = Intake(pool, expire_after=timedelta(hours=1), on_commit=lambda: None)
         await intake.start()
         first, second = await asyncio.gather(*(intake.accept(a_draft(f"{n}@example.net")) for n in range(2)))
@@ -321,7 +262,7 @@ async def test_the_database_cut_off_again_and_again_neither_loses_nor_stops_anyt
                 "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'test-%'"
             )
             await asyncio.sleep(0.05)
-        await s.until(lambda: is_empty(s), 20)
+        await s.until(s.is_empty, 20)
         assert await s.statuses() == {"sent": 300}
 
 
@@ -400,10 +341,6 @@ async def test_a_bad_setting_ends_the_worker_with_a_line_for_each(environment: d
     done = await asyncio.to_thread(subprocess.run, command, env=variables, capture_output=True, timeout=30)
     assert done.returncode == 2
     assert {line.split(b":")[0] for line in done.stderr.splitlines()} == {b"EMAIL_WORKER_INTERVAL", b"REDIS_URL"}
-
-
-async def is_empty(s: System) -> bool:
-    return not await s.queue()
 
 
 async def is_given_back(s: System) -> bool:

@@ -34,12 +34,13 @@ from neoforge_email.inbound.normaliser import Normaliser
 from neoforge_email.lifecycle import EventType
 from neoforge_email.outbox import Claim, Intake
 from neoforge_email.providers.base import Outcome
+from neoforge_email.providers.router import Router
 from neoforge_email.providers.sendgrid import SendGridProvider
 from neoforge_email.settings import Settings
 from neoforge_email.worker import Loop
+from tests.delivering import a_draft
 from tests.sendgrid_double import API_KEY, Webhook, sendgrid_double
 from tests.service.test_api_process import free_port
-from tests.service.test_delivery import a_draft
 from tests.service.test_settlement import Way
 from tests.support import Database
 
@@ -597,7 +598,7 @@ async def test_the_webhooks_of_a_running_sendgrid_move_the_statuses(
         double.webhook = Webhook(url, kinds=("delivered", "processed", "open"))
         provider = SendGridProvider(API_KEY, url=double.url, reports=True)
         loops: list[Loop] = [
-            Delivery(desk.way.worker, provider, desk.settings),
+            Delivery(desk.way.worker, Router.of([provider], desk.settings), desk.settings),
             Normaliser(desk.way.worker, desk.settings),
         ]
         running = [asyncio.create_task(loop.run()) for loop in loops]

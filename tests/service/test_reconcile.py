@@ -17,6 +17,7 @@ from neoforge_email.message import Message, Recipient
 from neoforge_email.outbox import Turn
 from neoforge_email.providers.base import Outcome, Result, Scope
 from neoforge_email.providers.memory import MemoryProvider
+from neoforge_email.providers.router import Router
 from neoforge_email.reconcile import KINDS, Stuck
 from neoforge_email.settings import Settings
 
@@ -249,7 +250,7 @@ async def test_a_system_under_load_never_yields_a_false_finding(way: Way, make_s
         return Result(chance.choice([*Outcome, Outcome.TAKEN, Outcome.TAKEN]), Scope.RECIPIENT, "words")
 
     provider = MemoryProvider(answer=answer, delay=timedelta(milliseconds=1))
-    delivery = Delivery(way.worker, provider, settings)
+    delivery = Delivery(way.worker, Router.of([provider], settings), settings)
     running = asyncio.create_task(delivery.run())
     await asyncio.gather(accept(), lose(), look())
     delivery.stop()

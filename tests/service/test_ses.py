@@ -514,10 +514,11 @@ SETTINGS = {
 
 def test_the_settings_make_it() -> None:
     settings = Settings.from_environment({**SETTINGS, "SES_CONFIGURATION_SET": "orders", "SES_CONNECTIONS": "3"})
-    one = create(settings)
+    [one] = create(settings).providers
     assert (one.name, one.window, one.connections, one.reports) == ("ses", 1, 3, False)
     topic = "arn:aws:sns:eu-central-1:123456789012:events"
-    assert create(Settings.from_environment({**SETTINGS, "SES_TOPIC_ARNS": topic})).reports
+    [other] = create(Settings.from_environment({**SETTINGS, "SES_TOPIC_ARNS": topic})).providers
+    assert other.reports
 
 
 def a_draft(**changes: Any) -> Draft:
