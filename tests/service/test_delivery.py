@@ -266,6 +266,11 @@ async def test_the_database_cut_off_again_and_again_neither_loses_nor_stops_anyt
         assert await s.statuses() == {"sent": 300}
 
 
+CONNECTED = (
+    "select count(distinct application_name) from pg_stat_activity where application_name like 'neoforge-worker %'"
+)
+
+
 @pytest.mark.parametrize("instances", [1, 2])
 async def test_a_worker_process_killed_in_the_middle_loses_nothing(
     instances: int,
@@ -299,6 +304,8 @@ async def test_a_worker_process_killed_in_the_middle_loses_nothing(
                 await asyncio.to_thread(workers[0].wait)
                 workers[0] = start(1)
             while await superuser.fetchval("select count(*) from email_queue"):
+                await asyncio.sleep(0.1)
+            while await superuser.fetchval(CONNECTED) < instances:  # one that only begins knows no SIGTERM yet
                 await asyncio.sleep(0.1)
         for worker in workers:
             worker.send_signal(signal.SIGTERM)
