@@ -14,7 +14,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, RequestBody, Schema, SecurityScheme, Server
 
 from . import __version__
-from .api import documentation, emails, health, inbound, problems
+from .api import documentation, emails, health, inbound, problems, webhook_endpoints
 from .api.runtime import Slot
 from .api.submission import EmailRequest
 from .inbound import sns
@@ -28,7 +28,11 @@ def create_app(settings: Settings, *, fetch: sns.Fetch = sns.fetch) -> Litestar:
     path = f"{settings.api_v1_str}/emails"
     app = Litestar(
         route_handlers=[
-            Router(settings.api_v1_str, route_handlers=[*emails.routes(slot)], security=[{"apiKey": []}]),
+            Router(
+                settings.api_v1_str,
+                route_handlers=[*emails.routes(slot), *webhook_endpoints.routes(slot)],
+                security=[{"apiKey": []}],
+            ),
             Router(settings.api_v1_str, route_handlers=[*inbound.routes(slot, fetch)]),
             *health.routes(slot),
             *documentation.routes(settings.project_name),

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import structlog
 from litestar import Request, Response
-from litestar.exceptions import HTTPException, MethodNotAllowedException
+from litestar.exceptions import HTTPException, MethodNotAllowedException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 
 from neoforge_email.errors import (
@@ -68,6 +68,12 @@ def answer(error: Exception) -> Answer:
 def _of_litestar(error: HTTPException) -> Answer:
     if error.status_code == HTTPStatus.NOT_FOUND:
         return answer(NotFound("There is nothing under this path; /docs shows what there is."))
+    if isinstance(error, ValidationException):
+        faults: list[Any] = error.extra if isinstance(error.extra, list) else []
+        errors: list[FieldError] = [
+            {"field": fault.get("key", ""), "message": fault.get("message", "")} for fault in faults
+        ]
+        return answer(ValidationFailed("Some fields cannot be accepted.", errors=errors))
     status = HTTPStatus(error.status_code)
     headers: Mapping[str, str] = error.headers or {}
     detail = error.detail

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from neoforge_email import observability, records
 from neoforge_email.db import UNAVAILABLE, Pool, create_pool
 from neoforge_email.doorbell import Doorbell
+from neoforge_email.egress import Egress
 from neoforge_email.errors import DatabaseUnavailable
 from neoforge_email.outbox import Intake
 from neoforge_email.redis import connect
@@ -35,6 +36,7 @@ class Runtime:
     doorbell: Doorbell
     intake: Intake
     keys: KeyRing
+    egress: Egress
 
     async def get_email(self, user_id: int, email_id: UUID) -> records.Email | None:
         """The user's message of that id, or None. Raises DatabaseUnavailable."""
@@ -88,6 +90,7 @@ class Slot:
                 doorbell,
                 intake,
                 KeyRing(_finder(pool)),
+                await stack.enter_async_context(Egress.of(settings)),
             )
             yield
 
