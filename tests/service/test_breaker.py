@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from neoforge_email.breaker import PROBING, Breaker
 
@@ -105,3 +108,57 @@ def test_a_pause_outlasts_an_opening_and_an_opening_a_pause(breaker: Breaker, cl
     fail(breaker)
     breaker.pause(1)
     assert breaker.wait() == 30
+
+
+class AnyCourse(RuleBasedStateMachine):
+    """Whatever happens, nobody is called too early, by two probes at once, or never again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.breaker = Breaker(3, timedelta(seconds=30), self.clock)
+        self.under_way: list[tuple[int, bool]] = []  # each with whether it is a probe
+        self.opened_at = self.paused_until = -math.inf
+        self.failed = 0
+
+    @rule()
+    def begin(self) -> None:
+        if self.breaker.wait():
+            return
+        assert self.clock.now >= max(self.opened_at + 30, self.paused_until) - 1e-6
+        is_probe = self.breaker.is_open
+        assert not (is_probe and any(other for _, other in self.under_way))
+        self.under_way.append((self.breaker.begin(), is_probe))
+
+    @rule(seconds=st.floats(0, 40))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @rule(seconds=st.floats(0, 40))
+    def pause(self, seconds: float) -> None:
+        self.breaker.pause(seconds)
+        self.paused_until = max(self.paused_until, self.clock.now + seconds)
+
+    @precondition(lambda self: self.under_way)
+    @rule(number=st.integers(0, 7), healthy=st.sampled_from([True, False, None]))
+    def end(self, number: int, healthy: bool | None) -> None:
+        was_open = self.breaker.is_open
+        era, is_probe = self.under_way.pop(number % len(self.under_way))
+        self.breaker.end(era, healthy)
+        self.failed = 0 if healthy else self.failed + (healthy is False)
+        if self.breaker.is_open and not was_open:
+            assert self.failed >= 3
+        if was_open and not self.breaker.is_open:
+            assert is_probe
+            assert healthy
+        if self.breaker.is_open and healthy is False and (is_probe or not was_open):
+            self.opened_at = self.clock.now
+
+    def teardown(self) -> None:
+        for era, _ in self.under_way:
+            self.breaker.end(era, None)
+        self.clock.now += self.breaker.wait()
+        assert self.breaker.wait() == pytest.approx(0, abs=1e-6)
+
+
+TestAnyCourse = AnyCourse.TestCase

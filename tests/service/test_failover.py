@@ -95,7 +95,7 @@ async def test_a_dead_first_provider_costs_none_of_ten_thousand_messages_and_non
                 *(s.intake.accept(a_draft(f"{n}@example.net")) for n in range(start, start + 1000))
             )
             accepted |= {f"<{answer.id.hex}@example.com>" for answer in answers}
-        await s.until(s.is_empty, 60)
+        await s.until(s.is_empty, 120)  # 28 s, on a computer that has time
         assert await s.statuses() == {"sent": MANY}
         assert "uncertain" not in await s.events()
     arrived = Counter(mail.message_id for mail in store.mails)
