@@ -138,6 +138,7 @@ class Delivery:
         self._attempt_waits = asyncio.Event()
         self._completion_waits = asyncio.Event()
         self._idle = asyncio.Event()
+        self._gone = asyncio.Event()
         self._stopping = False
 
     def ring(self) -> None:
@@ -158,8 +159,8 @@ class Delivery:
                 }.items()
             ]
             connections = max(provider.connections for provider in self._router.providers)
-            senders = [tasks.create_task(self._send(self._windows), name=f"send-{n}") for n in range(connections)]
-            senders.append(tasks.create_task(self._send(self._suspects), name="send-suspects"))
+            senders = [tasks.create_task(self._send(), name=f"send-{number}") for number in range(connections)]
+            senders.append(tasks.create_task(self._send_suspects(), name="send-suspects"))
             await self._claim()
             await self._give_back()
             while self._held:
@@ -250,9 +251,18 @@ class Delivery:
 
     # --- send --------------------------------------------------------------------------------------------------
 
-    async def _send(self, windows: asyncio.PriorityQueue[_Window]) -> None:
+    async def _send(self) -> None:
         while True:
-            await self._deliver(await windows.get(), windows)
+            await self._deliver(await self._windows.get(), self._windows)
+
+    async def _send_suspects(self) -> None:
+        """Each only when the outcome of the one before it is committed: it would be in doubt again if this one kills."""
+        while True:
+            window = await self._suspects.get()
+            await self._deliver(window, self._suspects)
+            while any(message.attempt in self._held for message in window.messages):
+                self._gone.clear()
+                await self._gone.wait()
 
     async def _deliver(self, window: _Window, windows: asyncio.PriorityQueue[_Window]) -> None:
         """Send a window by the first provider that may take it now. What goes beyond one call is put back to `windows`."""
@@ -444,6 +454,7 @@ class Delivery:
         for message in messages:
             self._held.pop(message.attempt, None)
         EMAIL_IN_FLIGHT.labels(self._name).set(len(self._held))
+        self._gone.set()
         self._wake.set()
 
     # --- time --------------------------------------------------------------------------------------------------
