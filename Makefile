@@ -18,8 +18,8 @@ test: lint test-rules test-service test-demo test-faults ## everything: lint, al
 	@.ci/fleet-or-say-so
 
 lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck, and the example inventories
-	$(BIN)/ruff check service tests roles molecule
-	$(BIN)/ruff format --check service tests roles molecule
+	$(BIN)/ruff check service tests roles playbooks molecule
+	$(BIN)/ruff format --check service tests roles playbooks molecule
 	$(BIN)/mypy
 	$(BIN)/yamllint --strict .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline

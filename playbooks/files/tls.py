@@ -1,4 +1,4 @@
-# ruff: noqa: INP001, T201
+# ruff: noqa: T201
 """Say which TLS a server speaks to a client that verifies its certificate and name: tls.py NAME PORT [CA]."""
 
 import socket

@@ -1,7 +1,8 @@
-"""Redis as it runs: TLS only, users with few rights, kept data, and its return from a kill."""
+"""Redis as it runs: two instances, TLS only, a user a purpose, what is kept and what is evicted, and the return from a kill."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 
@@ -9,7 +10,37 @@ import pytest
 
 from .conftest import Fleet
 
-CREDENTIAL = "/etc/neoforge/credentials/api/redis_password"
+# Says commands over TLS, one a line of standard input, and prints the first line of each answer, or its value.
+ASK = r"""
+import socket, ssl, sys
+name, port, plain, *commands = sys.argv[1:]
+raw = socket.create_connection((name, int(port)), 10)
+if plain == "tls":
+    raw = ssl.create_default_context(cafile="/etc/neoforge/pki/ca.crt").wrap_socket(raw, server_hostname=name)
+talk = raw.makefile("rwb")
+
+
+def answer():
+    head = talk.readline().decode().rstrip()
+    if head[:1] == "$" and head != "$-1":
+        return talk.read(int(head[1:]) + 2)[:-2].decode()
+    if head[:1] == "*":
+        return " ".join(answer() for _ in range(int(head[1:])))
+    return head
+
+
+for line in [*sys.stdin.read().splitlines(), *commands]:
+    talk.write(line.encode() + b"\r\n")
+    talk.flush()
+    said = answer()
+print(said)
+"""
+# Where a user's password lies: the group of the machine, and the command that prints it there.
+PASSWORDS = {
+    "neoforge_api": ("api", "cat /etc/neoforge/credentials/api/redis_password"),
+    "neoforge_worker": ("worker", "cat /etc/neoforge/credentials/worker/redis_password"),
+    "exporter": ("monitoring", "cat /etc/neoforge/credentials/exporters/redis_passwords.json"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -17,82 +48,109 @@ def machine(fleet: Fleet) -> str:
     return fleet.groups["redis"][0]
 
 
-ASK = """
-import shlex, sys
-import redis
-host, port, user = sys.argv[1:4]
-password = open("/etc/neoforge/credentials/api/redis_password").read().strip() if user else None
-try:
-    client = redis.Redis(
-        host,
-        int(port),
-        username=user or None,
-        password=password,
-        ssl=True,
-        ssl_ca_certs="/etc/neoforge/pki/ca.crt",
-        decode_responses=True,
-    )
-    client.response_callbacks.clear()
-    print(client.execute_command(*shlex.split(sys.argv[4])))
-except redis.RedisError as error:
-    print(type(error).__name__, error)
-"""
+def ask(fleet: Fleet, command: str, user: str = "", port: str = "redis", speak: str = "tls") -> str:
+    """What an instance answers to `user`, asked from a machine that has its password; the password travels on standard input."""
+    group, read = PASSWORDS[user] if user else ("api", "")
+    asker = fleet.groups[group][0]
+    login = ""
+    if user:
+        password = fleet.ok(asker, read).strip()
+        password = next(iter(json.loads(password).values())) if password.startswith("{") else password
+        login = f"auth {user} {password}\n"
+    fleet.ok(asker, "cat >/run/ask.py", ASK)
+    arguments = [fleet.groups["redis"][0], str(fleet.ports[port]), speak, command]
+    done = fleet.shell(asker, f"python3 /run/ask.py {shlex.join(arguments)}", login)
+    return (done.stdout or done.stderr.strip().splitlines()[-1]).strip()
 
 
-def cli(fleet: Fleet, machine: str, command: str, user: str = "") -> str:
-    """What Redis answers over TLS to a machine of the API; as `user`, by the password that the API has there."""
-    python = "/opt/neoforge/current/bin/python"
-    return fleet.ok(
-        fleet.admin, f"{python} - {machine} {fleet.ports['redis']} '{user}' {shlex.quote(command)}", ASK
-    ).strip()
+@pytest.mark.parametrize("port", ["redis", "redis_cache"])
+def test_without_a_password_nothing_is_answered(fleet: Fleet, port: str) -> None:
+    assert ask(fleet, "ping", port=port).startswith("-NOAUTH")
 
 
-def test_without_a_password_nothing_is_answered(fleet: Fleet, machine: str) -> None:
-    assert "AuthenticationError" in cli(fleet, machine, "ping")
-
-
-def test_without_tls_nothing_is_answered(fleet: Fleet, machine: str) -> None:
-    plain = "import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2])), 5); "
-    plain += "s.sendall(b'PING\\r\\n'); print(s.recv(99)[:1] in (b'+', b'-'))"
-    done = fleet.shell(fleet.admin, f'python3 -c "{plain}" {machine} {fleet.ports["redis"]}')
-    assert done.stdout.strip() == "False" or "ConnectionResetError" in done.stderr
-
-
-def test_the_service_s_user_works_and_may_not_administrate(fleet: Fleet, machine: str) -> None:
-    assert cli(fleet, machine, "ping", "neoforge") == "PONG"
-    assert "redis_version" in cli(fleet, machine, "info server", "neoforge")
-    for command in ("config get maxmemory", "flushall", "acl list", "shutdown", "keys '*'"):
-        assert "NoPermissionError" in cli(fleet, machine, command, "neoforge"), command
+@pytest.mark.parametrize("port", ["redis", "redis_cache"])
+def test_without_tls_nothing_is_answered(fleet: Fleet, port: str) -> None:
+    answer = ask(fleet, "ping", port=port, speak="plain")
+    assert answer == "" or "ConnectionResetError" in answer
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["maxmemory_policy:noeviction", "aof_enabled:1", "aof_last_write_status:ok"],
+    ("user", "command"),
+    [
+        ("neoforge_api", "get x"),
+        ("neoforge_api", "set x 1"),
+        ("neoforge_api", "publish other:channel x"),
+        ("neoforge_api", "subscribe email_queue:doorbell"),
+        ("neoforge_api", "info"),
+        ("neoforge_worker", "config get maxmemory"),
+        ("neoforge_worker", "flushall"),
+        ("neoforge_worker", "acl list"),
+        ("neoforge_worker", "shutdown"),
+        ("neoforge_worker", "keys *"),
+        ("exporter", "get x"),
+        ("exporter", "config set maxmemory 0"),
+        ("exporter", "publish email_queue:doorbell x"),
+    ],
 )
-def test_it_keeps_what_it_holds(fleet: Fleet, machine: str, line: str) -> None:
-    assert line in cli(fleet, machine, "info", "neoforge")
+def test_a_user_may_do_nothing_beyond_its_purpose(fleet: Fleet, user: str, command: str) -> None:
+    assert ask(fleet, command, user).startswith("-NOPERM")
+
+
+def test_each_user_may_do_what_it_is_for(fleet: Fleet) -> None:
+    assert ask(fleet, "publish email_queue:doorbell x", "neoforge_api").startswith(":")
+    assert ask(fleet, "set fleet-test 1", "neoforge_worker") == "+OK"
+    assert ask(fleet, "del fleet-test", "neoforge_worker") == ":1"
+    assert "redis_version" in ask(fleet, "info server", "exporter")
+
+
+@pytest.mark.parametrize(
+    ("port", "settings"),
+    [
+        ("redis", {"maxmemory-policy": "noeviction", "appendonly": "yes", "appendfsync": "everysec"}),
+        ("redis_cache", {"maxmemory-policy": "allkeys-lru", "appendonly": "no", "save": ""}),
+    ],
+)
+def test_the_queue_keeps_what_it_holds_and_the_cache_does_not(
+    fleet: Fleet, port: str, settings: dict[str, str]
+) -> None:
+    for name, value in settings.items():
+        assert ask(fleet, f"config get {name}", "exporter", port) == f"{name} {value}".strip()
+
+
+def test_a_full_queue_refuses_and_forgets_nothing(fleet: Fleet) -> None:
+    limit = int(ask(fleet, "config get maxmemory", "exporter").split()[1])
+    assert ask(fleet, "set fleet-test kept", "neoforge_worker") == "+OK"
+    try:
+        assert ask(fleet, f"setrange fleet-test-large {limit} x", "neoforge_worker") in (f":{limit + 1}", "")
+        assert ask(fleet, "set fleet-test-more x", "neoforge_worker").startswith("-OOM")
+        assert ask(fleet, "get fleet-test", "neoforge_worker") == "kept"
+    finally:
+        ask(fleet, "del fleet-test fleet-test-large fleet-test-more", "neoforge_worker")
 
 
 def test_passwords_are_not_on_the_machine_in_the_clear(fleet: Fleet, machine: str) -> None:
-    password = fleet.ok(fleet.admin, f"cat {CREDENTIAL}")
-    assert fleet.shell(machine, "grep -rlF -f - /etc/redis", password).stdout == ""
+    for group, read in PASSWORDS.values():
+        password = fleet.ok(fleet.groups[group][0], read)
+        password = next(iter(json.loads(password).values())) if password.startswith("{") else password
+        assert fleet.shell(machine, "grep -rlF -f - /etc/redis", password.strip()).stdout == ""
 
 
 def test_the_package_s_own_instance_is_off(fleet: Fleet, machine: str) -> None:
     assert fleet.shell(machine, "systemctl is-enabled redis-server").stdout.strip() == "masked"
 
 
-def test_the_sandbox_stands(fleet: Fleet, machine: str) -> None:
-    fleet.ok(machine, "systemd-analyze security --no-pager --threshold=15 redis-server@queue >/dev/null")
+@pytest.mark.parametrize("name", ["queue", "cache"])
+def test_the_sandbox_stands(fleet: Fleet, machine: str, name: str) -> None:
+    fleet.ok(machine, f"systemd-analyze security --no-pager --threshold=15 redis-server@{name} >/dev/null")
 
 
 def test_it_comes_back_from_a_kill_with_its_data(fleet: Fleet, machine: str) -> None:
     unit = "redis-server@queue"
-    cli(fleet, machine, "set fleet-test kept", "neoforge")
+    ask(fleet, "set fleet-test kept", "neoforge_worker")
     time.sleep(1.5)  # the append-only file is synced every second
     fleet.ok(machine, f"kill -KILL $(systemctl show --property=MainPID --value {unit})")
     deadline = time.monotonic() + 30
-    while cli(fleet, machine, "get fleet-test", "neoforge") != "kept":
+    while ask(fleet, "get fleet-test", "neoforge_worker") != "kept":
         assert time.monotonic() < deadline, fleet.ok(machine, f"journalctl -n 30 -u {unit}")
         time.sleep(0.5)
-    cli(fleet, machine, "del fleet-test", "neoforge")
+    ask(fleet, "del fleet-test", "neoforge_worker")
