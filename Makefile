@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 INVENTORY ?= local
 
-.PHONY: help demo test lint test-service test-demo test-rules test-faults faults test-fleet test-single test-long fleet fleet-destroy fleet-tools bench locks clean
+.PHONY: help demo test lint test-service test-demo test-rules test-inventory flows test-faults faults test-fleet test-single test-long fleet fleet-destroy fleet-tools bench locks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,7 +14,7 @@ help: ## list the targets
 demo: .venv/demo.stamp ## run the whole service on this computer, without root, until Ctrl-C (ARGS="--check", "--fresh", "--help")
 	@$(BIN)/neoforge demo $(ARGS)
 
-test: lint test-rules test-service test-demo test-faults ## everything: lint, alert rules, service, demo, faults, fleet
+test: lint test-rules test-inventory test-service test-demo test-faults ## everything: lint, alert rules, inventories, service, demo, faults, fleet
 	@.ci/fleet-or-say-so
 
 lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck, and the example inventories
@@ -40,6 +40,12 @@ test-rules: ## the alert rules: each fires where it should, and only there
 
 test-faults: .venv/development.stamp ## the most telling rows of the fault laboratory
 	$(BIN)/pytest -o faulthandler_timeout=600 tests/faults
+
+test-inventory: .venv/development.stamp ## mistakes in an inventory, and what is made of the flow table; no machine is asked
+	$(BIN)/pytest tests/inventory $(ARGS)
+
+flows: .venv/development.stamp ## draw the flow table of inventories/prod in docs/fleet.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook playbooks/flows.yml -i inventories/prod --extra-vars "flows_file=$(CURDIR)/docs/fleet.md"
 
 faults: .venv/development.stamp ## kill and break everything at every await, count each message, write docs/fault-report.md (ARGS="--only PATTERN", "--list", "--help")
 	@.ci/fault-tools

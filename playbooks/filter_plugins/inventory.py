@@ -110,7 +110,7 @@ def _known() -> tuple[tuple[str, ...], dict[str, Any], set[str], dict[str, str]]
         for entry in read(file)["argument_specs"].values():
             specified |= entry.get("options", {})
     shipped = {name for file in (ROOT / "inventories/prod/group_vars/all").glob("*.yml") for name in read(file)}
-    return tuple(f"{file.parts[-3]}_" for file in files), specified, shipped, read(ROOT / "playbooks/renamed.yml")
+    return tuple(f"{file.parts[-3]}_" for file in files), specified, shipped, read(ROOT / "playbooks/vars/renamed.yml")
 
 
 def _type(name: str, value: Any, option: Mapping[str, Any]) -> str | None:

@@ -25,9 +25,10 @@ import testinfra  # type: ignore[import-untyped]
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = os.environ.get("FLEET_INVENTORY", "inventories/local")
 FACTS = (
-    "{'groups': groups, 'edge_name': edge_name, 'ports': ports, 'workers': workers, 'addresses': addresses, 'ssh': ssh}"
+    "{'groups': groups, 'edge_name': edge_name, 'ports': ports, 'workers': workers, 'addresses': addresses, 'ssh': ssh, "
+    "'addresses6': addresses6, 'flows': flows}"
 )
-ADDRESSES = "dict(groups['all'] | zip(groups['all'] | map('extract', hostvars, 'fleet_ipv4')))"
+ADDRESSES = "dict(groups['all'] | zip(groups['all'] | map('extract', hostvars, '{}')))"
 EMAILS = "/api/v1/emails"
 
 
@@ -62,7 +63,11 @@ class Fleet:
             "-a",
             f"msg={{{{ {FACTS} | to_json }}}}",
         ]
-        extra = {"addresses": f"{{{{ {ADDRESSES} }}}}", "ssh": "{{ ansible_ssh_common_args | default('') }}"}
+        extra = {
+            "addresses": f"{{{{ {ADDRESSES.format('fleet_ipv4')} }}}}",
+            "addresses6": f"{{{{ {ADDRESSES.format('fleet_ipv6')} }}}}",
+            "ssh": "{{ ansible_ssh_common_args | default('') }}",
+        }
         done = subprocess.run(
             [*command, "-e", json.dumps(extra)], cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -71,6 +76,8 @@ class Fleet:
         facts = json.loads(json.loads(match[1])["msg"])
         self.groups: dict[str, list[str]] = facts["groups"]
         self.addresses: dict[str, str] = facts["addresses"]
+        self.addresses6: dict[str, str] = facts["addresses6"]
+        self.flows: list[dict[str, Any]] = facts["flows"]
         self.edge_name: str = facts["edge_name"]
         self.ports: dict[str, int] = facts["ports"]
         self.workers: int = int(facts["workers"])

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from .conftest import EMAILS, Edge, Fleet
+from .conftest import EMAILS, INVENTORY, ROOT, Edge, Fleet
+
+PLAYBOOK = str(Path(sys.executable).with_name("ansible-playbook"))
 
 HEADERS = {
     "strict-transport-security": "max-age=31536000; includeSubDomains",
@@ -26,6 +31,27 @@ context.set_ciphers("ALL:@SECLEVEL=0")
 context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
 with socket.create_connection((address, 443), 5) as raw, context.wrap_socket(raw, server_hostname=name) as tls:
     print(tls.version())
+"""
+
+
+# 25 connections, each with a request whose body does not come; how many stay open, and the answers of the others.
+CROWD = """
+import socket, ssl, sys
+name, address, ca = sys.argv[1:]
+context = ssl.create_default_context(cadata=ca)
+held = []
+for _ in range(25):
+    tls = context.wrap_socket(socket.create_connection((address, 443), 10), server_hostname=name)
+    tls.sendall(f"POST /api/v1/emails HTTP/1.1\\r\\nHost: {name}\\r\\nContent-Length: 99\\r\\n\\r\\n".encode())
+    held.append(tls)
+waiting, answers = 0, []
+for tls in held:
+    tls.settimeout(0.1)
+    try:
+        answers.append(tls.recv(4096).split()[1].decode())
+    except TimeoutError:
+        waiting += 1
+print(waiting, *answers)
 """
 
 
@@ -105,6 +131,58 @@ def test_an_api_that_is_away_is_a_bad_gateway_that_says_to_repeat(fleet: Fleet, 
             return
         time.sleep(0.5)
     pytest.fail("the API did not come back")
+
+
+def upstreams(fleet: Fleet, requests: int) -> set[str]:
+    """The API's machines that the edge's last requests were passed on to."""
+    lines = fleet.ok(fleet.groups["loadbalancer"][0], f"tail -n {requests} /var/log/nginx/access.log").splitlines()
+    return {json.loads(line)["upstream"].split(":")[0] for line in lines}
+
+
+def test_while_one_machine_of_the_api_is_away_the_others_answer_everything(fleet: Fleet, edge: Edge) -> None:
+    first, *others = fleet.groups["api"]
+    if not others:
+        pytest.skip("this inventory has one machine of the API")
+    try:
+        fleet.ok(first, "systemctl stop neoforge-api")
+        assert {edge.ask("/health").status for _ in range(6)} == {200}
+    finally:
+        fleet.ok(first, "systemctl start neoforge-api")
+
+
+def test_a_drained_machine_gets_no_request_until_it_is_back(fleet: Fleet, edge: Edge) -> None:
+    first, *others = fleet.groups["api"]
+    command = [PLAYBOOK, "site.yml", "-i", INVENTORY, "--tags", "nginx", "--limit", "loadbalancer"]
+    drain = ["--extra-vars", json.dumps({"drained": [first]})]
+    done = subprocess.run([*command, *drain], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if not others:
+        assert done.returncode == 2
+        assert "leave one out of drained" in done.stdout
+        return
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {edge.ask("/health").status for _ in range(6)} == {200}
+    assert upstreams(fleet, 6) == {fleet.addresses[machine] for machine in others}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {edge.ask("/health").status for _ in range(8)} == {200}
+    assert upstreams(fleet, 8) == {fleet.addresses[machine] for machine in fleet.groups["api"]}
+
+
+def test_an_address_that_holds_too_many_connections_is_told_to_wait(fleet: Fleet) -> None:
+    address = fleet.addresses[fleet.groups["loadbalancer"][0]]
+    answers = fleet.ok(fleet.outsider, f"python3 - {fleet.edge_name} {address} '{fleet.ca}'", CROWD, seconds=120)
+    # Those that wait for their body hold a connection each; what is above the limit is answered at once.
+    assert answers.split() == ["20", "429", "429", "429", "429", "429"]
+
+
+def test_http_2_is_spoken(fleet: Fleet) -> None:
+    address = fleet.addresses[fleet.groups["loadbalancer"][0]]
+    program = HANDSHAKE.replace("print(tls.version())", "print(tls.selected_alpn_protocol())")
+    program = program.replace(
+        "context.set_ciphers", 'context.set_alpn_protocols(["h2", "http/1.1"]); context.set_ciphers'
+    )
+    command = f"python3 - {fleet.edge_name} {address} TLSv1_3 '{fleet.ca}'"
+    assert fleet.ok(fleet.outsider, command, program).strip() == "h2"
 
 
 def test_the_log_knows_the_real_client_and_no_secret(fleet: Fleet, edge: Edge) -> None:

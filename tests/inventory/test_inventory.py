@@ -147,12 +147,16 @@ def check() -> Callable[[HostVars, Any], list[str]]:
     return found
 
 
-def mistakes(inventory: Path) -> list[str]:
-    """What the check says about an inventory, read as Ansible reads it."""
+def hostvars(inventory: Path) -> tuple[HostVars, dict[str, list[str]]]:
+    """An inventory's variables and groups, read as Ansible reads them."""
     loader = DataLoader()
     manager = InventoryManager(loader=loader, sources=[str(inventory)])
-    variables = VariableManager(loader=loader, inventory=manager)
-    return check()(HostVars(manager, variables, loader), manager.get_groups_dict())
+    return HostVars(manager, VariableManager(loader=loader, inventory=manager), loader), manager.get_groups_dict()
+
+
+def mistakes(inventory: Path) -> list[str]:
+    """What the check says about an inventory."""
+    return check()(*hostvars(inventory))
 
 
 @pytest.fixture
@@ -194,7 +198,7 @@ def test_site_yml_stops_before_the_first_change_and_names_every_mistake(copy: Pa
     for name in ("two primaries", "a boolean is a text"):
         change(copy, MISTAKES[name][0])
     playbook = Path(sys.executable).with_name("ansible-playbook")
-    command = [playbook, "site.yml", "-i", copy, "--extra-vars", f"secrets_file={copy}/secrets.yml"]
+    command = [str(playbook), "site.yml", "-i", str(copy), "--extra-vars", f"secrets_file={copy}/secrets.yml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "Nothing was changed" in done.stdout
