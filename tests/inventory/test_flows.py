@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar
 
 from .test_inventory import ROOT, hostvars
 
@@ -51,3 +54,36 @@ def test_a_port_stands_in_the_flow_table_and_nowhere_else() -> None:
         if numbers.search(line.split("#")[0]) and Path(file).suffix != ".md"
     ]
     assert places == []
+
+
+@pytest.mark.parametrize(
+    ("group", "variable"),
+    [
+        ("loadbalancer", "nginx_api_servers"),
+        ("monitoring", "prometheus_targets"),
+        ("api", "service_api_environment"),
+        ("worker", "service_worker_environment"),
+    ],
+)
+def test_what_a_machine_is_told_to_connect_to_is_open_to_it(group: str, variable: str) -> None:
+    """Upstreams, scrape targets, database and Redis: wherever an address of the fleet stands with a port, a flow allows it."""
+    variables, groups = hostvars(ROOT / "inventories/prod")
+    source = groups[group][0]
+    names = {name: name for name in groups["fleet"]} | {variables[name]["fleet_ipv4"]: name for name in groups["fleet"]}
+    own = {**variables.raw_get(source), "hostvars": variables}
+    value = Templar(loader=DataLoader(), variables=own).template(own[variable])
+    told = re.findall(r"\b([\w.]+):(\d+)\b", json.dumps(value, default=str))
+    wanted = {(names[host], int(port)) for host, port in told if host in names and names[host] != source}
+    assert wanted
+    mine = {name for name, machines in groups.items() if source in machines}
+    flows = [flow for flow in variables[source]["flows"] if flow["from"] in mine]
+    shut = {
+        (machine, port)
+        for machine, port in wanted
+        if not any(machine in groups[flow["to"]] and port in ports_of(flow) for flow in flows)
+    }
+    assert shut == set()
+
+
+def ports_of(flow: dict[str, int]) -> range:
+    return range(flow["port"], flow.get("through", flow["port"]) + 1)
