@@ -22,13 +22,15 @@ TOO_LONG = {
     ("queue", "leased"): 300,
     ("queue", "uncertain"): 3600,
     ("receipts", "waiting"): 300,
+    ("webhooks", "overdue"): 300,
 }
 """Seconds after which something is wrong with what stands in these states; in others waiting is their purpose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """How many messages (`what` is `queue`) or provider's `receipts` stand in a state, and the age of the oldest."""
+    """How many messages (`what` is `queue`), provider's `receipts` or deliveries to customers' `webhooks` stand in a state,
+    and the age of the oldest."""
 
     what: str
     state: str
@@ -78,6 +80,7 @@ async def read(connection: Connection) -> Backlog:
 WAITING = """
 select 'queue' as what, * from queue_stats()
 union all select 'receipts', * from receipt_stats()
+union all select 'webhooks', * from webhook_stats()
 """
 
 # The earliest end among the tables' last partitions, which are named after their month.

@@ -29,6 +29,9 @@ KINDS = (
     "held_without_reason",
     "receipt_of_nobody",
     "receipt_never_due",
+    "webhook_never_swept",
+    "webhook_never_due",
+    "webhook_never_tried",
 )
 """What can be wrong, as `reconcile.sql` names it; docs/operations.md says what to do about each."""
 
@@ -48,7 +51,7 @@ PROVIDERS = list(NORMALISE)
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A row that no rule will move again. `id` is its message's, or the receipt's."""
+    """A row that no rule will move again. `id` is its message's, or that of the receipt, webhook delivery or endpoint."""
 
     kind: str
     id: str
@@ -67,11 +70,12 @@ async def run(pool: Pool, *, rows: int = ROWS, slices: int = SLICES) -> list[Stu
         walks = await connection.fetch("select name, position from stuck_walks")
         positions = {row["name"]: row["position"] for row in walks}
         known = await connection.fetch(
-            "select part, id from stuck_rows where part <> 'receipts' order by checked_at limit $1", AGAIN
+            "select part, id from stuck_rows where part in ('queue', 'messages') order by checked_at limit $1", AGAIN
         )
         for row in known:
             await _look(connection, NOTE, row["part"], UUID(row["id"]), UUID(row["id"]))
         found = await _look(connection, NOTE, "receipts", FIRST, LAST)
+        found += await _look(connection, NOTE, "webhooks", FIRST, LAST)
         for name, part, first in (
             ("queue", "queue", FIRST),
             ("recent", "messages", recent),
@@ -93,7 +97,7 @@ async def find(
     connection: Connection, progress: Callable[[str, int], None] | None = None, *, rows: int = ROWS
 ) -> AsyncIterator[Stuck]:
     """Everything that is stuck, by a look at every row. `progress` is told the part, and about how many rows are done."""
-    for part in ("queue", "messages", "receipts"):
+    for part in ("queue", "messages", "receipts", "webhooks"):
         start, done = FIRST, 0
         while True:
             until = await _reach(connection, part, start, rows)

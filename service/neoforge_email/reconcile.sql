@@ -1,9 +1,9 @@
 -- The reconciler's functions: rows that no rule will move again, of which there must be none. reconcile.py calls them and
 -- says what they promise. What waits for a time, a worker or an operator is not among them: its age is a metric.
 
--- Find what is stuck among the rows of a part whose message's id is between the two, both included; of `receipts`, which
--- have none, all. One snapshot: what moves in one transaction is seen before or after it. Indexes: email_queue_pkey,
--- email_messages_pkey, email_tracking_pkey, provider_receipts_waiting. Each range is read once and hashed: where a table has
+-- Find what is stuck among the rows of a part whose message's id is between the two, both included; of `receipts` and
+-- `webhooks`, which have none, all. One snapshot: what moves in one transaction is seen before or after it. Indexes: email_queue_pkey,
+-- email_messages_pkey, email_tracking_pkey, provider_receipts_waiting, webhook_deliveries_due, webhook_deliveries_leased. Each range is read once and hashed: where a table has
 -- no statistics yet a nested loop over two ranges looks cheap, and takes minutes.
 create or replace function stuck(p_part text, p_from uuid, p_until uuid, p_providers text[])
     returns table (kind text, id text, what text) language plpgsql stable
@@ -61,6 +61,21 @@ begin
             ('receipt_never_due', r.due > clock() + interval '100 days', format('it is not due before %s', r.due))
         ) f(kind, found, what)
         where r.state = 'waiting' and f.found;
+    when 'webhooks' then
+        return query
+        select 'webhook_never_swept', d.id::text,
+            format('its lease runs until %s', coalesce(d.lease_until::text, 'nobody knows when'))
+        from webhook_deliveries d
+        where d.state = 'leased' and coalesce(d.lease_until, 'infinity') > clock() + interval '1 day'
+        union all
+        select 'webhook_never_due', d.id::text, format('it is not due before %s', d.due)
+        from pending_webhook_endpoints() p(id) cross join lateral (
+            select x.id, x.due from webhook_deliveries x
+            where x.endpoint_id = p.id and x.state = 'pending' and x.due > clock() + interval '1 day'
+            order by x.due limit 100) d
+        union all
+        select 'webhook_never_tried', w.id::text, format('its endpoint is paused until %s', w.paused_until)
+        from webhook_endpoints w where w.paused_until > clock() + interval '1 day';
     end case;
 end $$;
 
@@ -87,7 +102,7 @@ create or replace function note_stuck(p_part text, p_from uuid, p_until uuid, p_
         select s.kind, s.id, s.what from stuck(p_part, p_from, p_until, p_providers) s
     ), mended as (
         delete from stuck_rows r
-        where r.part = p_part and (p_part = 'receipts' or r.id between p_from::text and p_until::text collate "C")
+        where r.part = p_part and (p_part in ('receipts', 'webhooks') or r.id between p_from::text and p_until::text collate "C")
             and not exists (select from found f where f.kind = r.kind and f.id = r.id)
     ), seen as (
         update stuck_rows r set checked_at = clock() from found f where r.kind = f.kind and r.id = f.id

@@ -126,4 +126,5 @@ class _Backlog:
 GAUGES = {
     "queue": ("email_queue_size", "email_oldest_age_seconds", "Unfinished messages, by acceptance"),
     "receipts": ("provider_receipts_size", "provider_receipts_oldest_age_seconds", "Reports of providers"),
+    "webhooks": ("webhook_queue_size", "webhook_oldest_age_seconds", "Deliveries to customers' endpoints"),
 }

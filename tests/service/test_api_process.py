@@ -208,6 +208,9 @@ def test_two_processes_show_their_metrics_on_one_port(serve: Callable[..., Serve
     assert samples['provider_receipts_size{state="waiting"}'] == "0.0"
     assert samples['provider_receipts_oldest_age_seconds{state="unmatched"}'] == "0.0"
     assert samples['provider_receipts_oldest_age_seconds{state="postponed"}'] == "0.0"
+    for state in ("pending", "overdue", "leased", "dead"):
+        assert samples[f'webhook_queue_size{{state="{state}"}}'] == "0.0"
+        assert samples[f'webhook_oldest_age_seconds{{state="{state}"}}'] == "0.0"
     assert samples['reconciler_stuck_rows{kind="recipient_without_queue"}'] == "0.0"
     assert float(samples["reconciler_last_success_timestamp_seconds"]) > 1.7e9
     assert float(samples["email_partitions_end_timestamp_seconds"]) > time.time() + 27 * 86400

@@ -159,6 +159,9 @@ def test_status_counts_the_queue_and_fails_where_no_worker_listens(neoforge: Run
     report = json.loads(done.stdout)
     assert {row["state"]: row["size"] for row in report["queue"]} == dict.fromkeys(QueueState, 0)
     assert {row["size"] for row in report["receipts"]} == {0}
+    assert {row["state"]: row["size"] for row in report["webhooks"]} == dict.fromkeys(
+        ("pending", "overdue", "leased", "dead"), 0
+    )
     assert report["faults"] == ["no worker is known to listen"]
     assert report["workers_listening"] == 0
     assert "workers listening: 0" in neoforge("status").stdout

@@ -113,9 +113,39 @@ async def test_a_receipt_that_nobody_takes_up_is_found_while_it_waits(way: Way, 
     assert await noted(way) == set()
 
 
+OF_WEBHOOKS = {
+    "webhook_never_swept": "update webhook_deliveries set state = 'leased', lease_until = null",
+    "webhook_never_due": "update webhook_deliveries set due = now() + interval '2 days'",
+    "webhook_never_tried": "update webhook_endpoints set paused_until = 'infinity'",
+}
+
+
+@pytest.mark.parametrize("kind", OF_WEBHOOKS)
+async def test_a_webhook_that_nobody_will_deliver_is_found_until_it_is_mended(way: Way, kind: str) -> None:
+    await way.superuser.execute("""
+        insert into webhook_endpoints (id, user_id, created_at, url, description, types)
+        values (gen_random_uuid(), 1, now(), 'https://example.com/', '', '{}');
+        insert into webhook_deliveries (id, endpoint_id, created_at, due, user_id, state, type, payload)
+        select gen_random_uuid(), id, now(), now() + interval '4 hours', 1, 'pending', 'webhook.test', '{}'
+        from webhook_endpoints, generate_series(1, 3);
+        update webhook_endpoints set paused_until = now() + interval '4 hours'
+    """)
+    assert await found(way) == await reconcile.run(way.worker) == []
+    await way.superuser.execute(OF_WEBHOOKS[kind])
+    ids = {stuck.id for stuck in await reconcile.run(way.worker) if stuck.kind == kind}
+    assert len(ids) == (1 if kind == "webhook_never_tried" else 3)
+    assert {(stuck.kind, stuck.id) for stuck in await found(way)} == await noted(way) == {(kind, it) for it in ids}
+    assert await reconcile.run(way.worker) == []
+    await way.superuser.execute("""
+        update webhook_deliveries set state = 'pending', due = now(); update webhook_endpoints set paused_until = null
+    """)
+    assert await reconcile.run(way.worker) == []
+    assert await noted(way) == set()
+
+
 async def test_every_kind_is_found_by_a_test() -> None:
     receipts = {"receipt_of_nobody", "receipt_never_due"}
-    assert {kind for kind, _ in CORRUPTIONS.values()} | receipts == set(KINDS)
+    assert {kind for kind, _ in CORRUPTIONS.values()} | receipts | OF_WEBHOOKS.keys() == set(KINDS)
 
 
 async def test_nothing_is_found_of_messages_in_every_state_that_the_rules_make(way: Way) -> None:
