@@ -513,6 +513,11 @@ async def expire(pool: Pool, *, most: int = 5000) -> int:
     return int(await pool.fetchval("select expire($1)", most))
 
 
+async def follow_clock(pool: Pool, *, most: int = 5000) -> int:
+    """After the database's clock was set back: let nothing wait for it to catch up; returns how many did."""
+    return int(await pool.fetchval("select follow_clock($1)", most))
+
+
 async def forget_idempotency_keys(pool: Pool, age: timedelta, *, most: int = 50_000) -> int:
     """Delete idempotency keys older than `age`; returns how many."""
     return int(await pool.fetchval("select forget_idempotency_keys($1, $2)", age, most))

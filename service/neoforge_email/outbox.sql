@@ -563,6 +563,28 @@ begin
     return v_count;
 end $$;
 
+-- Follow a clock that was set back: what it wrote before lies in its future now, and would wait until it has caught up. Such
+-- rows keep what they had left to wait for; when a scheduled message is due and a message expires is a time of day. A scan of
+-- the whole queue, for a cron.
+create or replace function follow_clock(p_most int) returns int language plpgsql as $$
+declare
+    v_now timestamptz := clock();
+    v_count int;
+begin
+    with ahead as (
+        select e.id from email_queue e
+        where e.since > v_now + interval '10 seconds' and e.state in ('queued', 'leased', 'uncertain')
+        limit p_most for update skip locked
+    ), moved as (
+        update email_queue q
+        set since = v_now, due = q.due - (q.since - v_now), lease_until = q.lease_until - (q.since - v_now)
+        from ahead a where q.id = a.id
+        returning 1
+    )
+    select count(*) into v_count from moved;
+    return v_count;
+end $$;
+
 -- Forget idempotency keys after their life time. Index: idempotency_keys_created.
 create or replace function forget_idempotency_keys(p_age interval, p_most int) returns int language sql as $$
     with gone as (
@@ -583,7 +605,8 @@ begin
         execute format('grant execute on function %I to neoforge_api, neoforge_migrator', name);
     end loop;
     foreach name in array array['due_users', 'claim', 'attempt', 'renew', 'release', 'hold', 'tell', 'accepted_at', 'complete',
-            'record_events', 'taken_by_another', 'sweep', 'expire', 'forget_idempotency_keys'] loop
+            'record_events', 'taken_by_another', 'sweep', 'expire',
+            'follow_clock', 'forget_idempotency_keys'] loop
         execute format('revoke execute on function %I from public', name);
         execute format('grant execute on function %I to neoforge_worker', name);
     end loop;

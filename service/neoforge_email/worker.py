@@ -166,7 +166,9 @@ async def ensure_partitions(ctx: dict[str, Any]) -> None:
 
 
 async def expire(ctx: dict[str, Any]) -> None:
-    """End messages that could not be sent before they expired."""
+    """End messages that could not be sent before they expired, after the clock was followed if it was set back."""
+    while count := await outbox.follow_clock(ctx["pool"]):
+        log.warning("clock.was_set_back", messages=count)
     while count := await outbox.expire(ctx["pool"]):
         log.warning("email.expired", messages=count)
 

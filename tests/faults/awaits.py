@@ -81,6 +81,7 @@ BESIDE = {
     "inbound.receipts:stats": "not on the way of a message: metrics",
     "outbox:claim:pool.execute": "holds what cannot be read; no message that was accepted is so",
     "outbox:expire": "not on the way of a message: once a minute",
+    "outbox:follow_clock": "not on the way of a message: once a minute",
     "outbox:forget_idempotency_keys": "not on the way of a message: clearing up",
     "outbox:queue_stats": "not on the way of a message: metrics",
     "providers.router:Router.find:route.limit.take": "under a rate only, and it never fails: tests/service has its cases",

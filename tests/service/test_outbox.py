@@ -442,6 +442,26 @@ async def test_the_clock_of_the_service_can_be_moved_in_tests(
         assert await outbox.expire(later) == 1
 
 
+async def test_a_clock_that_is_set_back_keeps_no_message_waiting(
+    intake: Intake, worker: Pool, database: Database, superuser: db.Connection, worker_settings: Settings
+) -> None:
+    await accept(intake, a_draft(subject="leased"), a_draft(subject="queued"))
+    [leased] = await outbox.claim(worker, "w", 1, LEASE, Turn())
+    await superuser.execute(f"alter database {database.name} set app.clock_offset = '-1 hour'")
+    async with await db.create_pool(worker_settings, worker_settings.database_url, "earlier") as earlier:
+        assert await outbox.claim(earlier, "w2", 10, LEASE, Turn()) == []
+        assert await outbox.follow_clock(earlier) == 2
+        assert await outbox.follow_clock(earlier) == 0
+        [queued] = await outbox.claim(earlier, "w2", 10, LEASE, Turn())
+        assert (queued.message.subject, leased.message.subject) == ("queued", "leased")
+        # Its worker still holds it, for no longer than before.
+        assert await outbox.attempt(earlier, [attempt(leased)])
+        left = await superuser.fetchval(
+            "select lease_until - now() + interval '1 hour' from email_queue where id = $1", leased.message.id
+        )
+        assert timedelta(seconds=0) < left <= LEASE
+
+
 # --- schema and security ------------------------------------------------------------------------------------------
 
 
