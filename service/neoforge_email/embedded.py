@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Protocol, Self, TypedDict
 from urllib.parse import quote
 
 from .errors import NeoforgeError
@@ -101,7 +101,17 @@ def _die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
     return prepare
 
 
-def stop(process: subprocess.Popen[bytes], *signals: tuple[signal.Signals, float]) -> None:
+class Child(Protocol):
+    """What `stop` needs of a process that leads a session of its own."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def send_signal(self, number: signal.Signals, /) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def stop(process: Child, *signals: tuple[signal.Signals, float]) -> None:
     """End a child of `spawn`: each signal in turn with the seconds to wait for it; in the end its session is killed."""
     for number, seconds in signals:
         if process.poll() is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import re
 import signal
 import sys
@@ -26,14 +28,16 @@ def main(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     say = partial(report.say, began)
-    heard = partial(report.tell, began)
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the names of all rows, and run nothing")
     parser.add_argument(
         "--only", metavar="PATTERN", help="rows whose name this regular expression is found in; no report"
     )
     parser.add_argument("--subset", action="store_true", help="the rows of `make test`; no report")
-    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="machines at a time (3)")
+    parser.add_argument("--jobs", type=int, default=5, metavar="N", help="machines at a time (5)")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="begin no row later than that; the report says which were not run"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help=f"write the report here ({REPORT})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here, too")
     given = parser.parse_args(arguments)
@@ -53,28 +57,35 @@ def main(arguments: Sequence[str]) -> int:
     missed: list[str] = []
     if names:
         say(f"{len(PROFILES)} loads without a further fault, to see which awaits they reach")
-        reached = run(PROFILES, given.jobs, heard, counting=True)
-        made, missed = each_await(points(), {outcome.row.name: outcome.passes for outcome in reached})
+        reached = run(PROFILES, given.jobs, partial(report.tell, began, time.monotonic()), counting=True)
+        made, missed = each_await(points(), reached)
         made = [row for row in made if wanted.search(row.name)]
         missed = [name for name in missed if wanted.search(name)]
     say(f"{len(written)} rows and {len(made)} for single awaits, {given.jobs} machines at a time")
-    outcomes = run([*written, *made], given.jobs, heard)
-    groups = {
-        "Servers, provider, clocks, processes": outcomes[: len(written)],
-        "At every await": outcomes[len(written) :],
-    }
-
+    # Whatever time there is, no module is left for the end.
+    random.Random(0).shuffle(made)
+    until = began + 60 * given.minutes if given.minutes else math.inf
+    outcomes = run(written, given.jobs, partial(report.tell, began, time.monotonic()), until=until)
+    outcomes += run(made, given.jobs, partial(report.tell, began, time.monotonic()), until=until)
+    run_names = {outcome.row.name for outcome in outcomes}
+    not_run = [row.name for row in (*written, *made) if row.name not in run_names]
     for name in missed:
         say(f"NOT REACHED: {name}")
     if given.json:
         given.json.write_text(json.dumps([_plain(outcome) for outcome in outcomes], indent=1), encoding="utf-8")
     if given.report or not (given.only or given.subset):
         file = given.report or REPORT
-        file.write_text(report.markdown(groups, missed, left_out, arguments), encoding="utf-8")
+        named = [outcome for outcome in outcomes if outcome.row in written]
+        each = [outcome for outcome in outcomes if outcome.row not in written]
+        text = report.markdown(named, each, missed, not_run, left_out, given.only, time.monotonic() - began)
+        file.write_text(text, encoding="utf-8")
         say(f"written: {file}")
     broken = sum(not outcome.good for outcome in outcomes)
-    say(f"{len(outcomes) - broken} rows kept their promise, {broken} did not, {len(missed)} were not reached")
-    return 1 if broken or missed else 0
+    say(
+        f"{len(outcomes) - broken} rows kept their promise, {broken} did not, {len(missed)} were not reached, "
+        f"{len(not_run)} not run"
+    )
+    return 1 if broken or missed or not_run else 0
 
 
 def unavailable() -> list[str]:
@@ -88,7 +99,8 @@ def unavailable() -> list[str]:
 
 
 def _plain(outcome: Outcome) -> dict[str, object]:
-    return {"row": outcome.row.name, "verdict": outcome.verdict, "seconds": outcome.seconds, **asdict(outcome.counted)}
+    own = {name: getattr(outcome, name) for name in ("verdict", "seconds", "allowed")}
+    return {"row": outcome.row.name, "messages": outcome.row.messages, **own, **asdict(outcome.counted)}
 
 
 if __name__ == "__main__":

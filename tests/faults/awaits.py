@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .inject import Fault, Point
 from .machine import Setup
 from .rows import SHORT_LEASE, SIGTERM, TERMINATE, Order, Row, Signal, Then, at, kill_redis, scenarios
+
+if TYPE_CHECKING:
+    from .laboratory import Outcome
 
 EACH = 300
 """Messages of a row for one await."""
@@ -139,8 +142,8 @@ def candidates(points: Sequence[Point]) -> Iterator[tuple[str, Fault, int]]:
             yield f"stop before {point}", Fault(point, "before", "stop"), 1
 
 
-def each_await(points: Sequence[Point], reached: Mapping[str, Mapping[str, int]]) -> tuple[list[Row], list[str]]:
-    """The rows of these points, and the names of those that no profile reaches; `reached` counts passes, by profile."""
+def each_await(points: Sequence[Point], reached: Sequence[Outcome]) -> tuple[list[Row], list[str]]:
+    """The rows of these points, and the names of those that no profile reaches; `reached` counted the profiles' passes."""
     rows: list[Row] = []
     missed: list[str] = []
     for name, fault, calls in candidates(points):
@@ -150,7 +153,7 @@ def each_await(points: Sequence[Point], reached: Mapping[str, Mapping[str, int]]
             continue
         profile, passes = found
         if fault.action == "stop":
-            profile, passes = ASLEEP, passes // 3
+            profile, passes = replace(ASLEEP, anew=profile.anew), passes // 3
         service = service_of(fault.point)
         earlier = profile.faults.get(service, ())
         # Where the load itself has a fault at this very place, this one comes after it.
@@ -162,12 +165,15 @@ def each_await(points: Sequence[Point], reached: Mapping[str, Mapping[str, int]]
     return rows, missed
 
 
-def _reaching(fault: Fault, reached: Mapping[str, Mapping[str, int]]) -> tuple[Row, int] | None:
-    for profile in PROFILES:
-        passes = reached[profile.name]
-        if before := passes.get(f"{fault.point}:before", 0):
-            # What never ends while a process lives, such as the loop that runs a worker, is passed before only.
-            return profile, passes.get(f"{fault.point}:{fault.moment}", before)
+def _reaching(fault: Fault, reached: Sequence[Outcome]) -> tuple[Row, int] | None:
+    """The profile under whose load, or else at whose start, this point is passed, and how often."""
+    for anew in (False, True):
+        for outcome in reached:
+            passes = outcome.passes_at_start if anew else outcome.passes
+            if before := passes.get(f"{fault.point}:before", 0):
+                # What never ends while a process lives, such as the loop that runs a worker, is passed before only.
+                passed = passes.get(f"{fault.point}:{fault.moment}", 0) or before
+                return replace(outcome.row, anew=anew), passed
     return None
 
 

@@ -1,10 +1,11 @@
 """Faults at the awaits of the service, found by name in its code; nothing of the service is changed for it.
 
-    NEOFORGE_FAULT="outbox:claim:pool.fetch:after:kill:3" python -m tests.faults.inject worker
+    echo '{"faults": ["outbox:claim:pool.fetch:after:kill:3"], "marker": "/tmp/marker"}' >/tmp/orders
+    NEOFORGE_FAULTS=/tmp/orders python -m tests.faults.inject worker
 
 runs the same worker as `arq neoforge_email.worker.WorkerSettings`, which kills itself right after the third time that
-`await pool.fetch(…)` in `outbox.claim` has ended. Several faults stand on a line each. Every fault happens once: it leaves
-a file, `NEOFORGE_FAULT_MARKER` with the fault's number (from 0), and a process that finds the file does nothing.
+`await pool.fetch(…)` in `outbox.claim` has ended. New orders may come while it runs. Every fault happens once: it leaves a
+file, the marker with the fault's number (from 0), and a process that finds the file does nothing.
 
 An import hook rewrites the modules in `MODULES` while they are loaded: `await X` becomes `await point(NAME, X)`, and the
 context of an `async with` and the iterable of an `async for` are wrapped likewise. A new await is a new point without
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import atexit
 import contextlib
 import importlib.abc
 import importlib.machinery
@@ -155,40 +155,55 @@ ACTIONS: dict[str, Callable[[], None]] = {
 }
 
 
-class _Armed:
-    """The faults of this process, and how often each of its points was passed."""
+class Armed:
+    """The faults of this process, and how often each of its points was passed since the orders came."""
 
     def __init__(self) -> None:
-        texts = os.environ.get("NEOFORGE_FAULT", "").splitlines()
-        self._faults = list(enumerate(Fault.parse(text) for text in texts if text))
-        self._marker = os.environ.get("NEOFORGE_FAULT_MARKER", "")
-        self._counts = os.environ.get("NEOFORGE_FAULT_COUNTS", "")
+        self.orders = Path(os.environ.get("NEOFORGE_FAULTS", ""))
+        self._seen = 0
+        self._faults: dict[str, list[tuple[int, Fault]]] = {}
+        self._marker = self._counts = ""
         self._passed: Counter[tuple[str, str]] = Counter()
-        self.names = {str(fault.point) for _, fault in self._faults}
-        if self._counts:
-            threading.Thread(target=self._write_counts_again_and_again, daemon=True).start()
-            atexit.register(self._write_counts)
 
-    def wants(self, name: str) -> bool:
-        return bool(self._counts) or name in self.names
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Write the counts where the orders want them while the context lasts, again and again: a process that is killed
+        could not write them in the end."""
+        threading.Thread(target=self._write_counts_again_and_again, daemon=True).start()
+        try:
+            yield
+        finally:
+            self._write_counts()
 
     def passing(self, name: str, moment: str) -> None:
+        if (seen := self.orders.stat().st_mtime_ns) != self._seen:
+            self._seen = seen
+            self._read()
         self._passed[name, moment] += 1
-        for number, fault in self._faults:
-            if str(fault.point) == name and fault.moment == moment and fault.occurrence == self._passed[name, moment]:
+        for number, fault in self._faults.get(name, ()):
+            if fault.moment == moment and fault.occurrence == self._passed[name, moment]:
                 try:
                     os.close(os.open(f"{self._marker}.{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
                 except FileExistsError:
                     continue
                 ACTIONS[fault.action]()
 
+    def _read(self) -> None:
+        orders = json.loads(self.orders.read_bytes())
+        self._passed.clear()
+        self._marker, self._counts = orders["marker"], orders.get("counts", "")
+        self._faults = {}
+        for number, fault in enumerate(map(Fault.parse, orders["faults"])):
+            self._faults.setdefault(str(fault.point), []).append((number, fault))
+
     def _write_counts_again_and_again(self) -> None:
-        """A process that is killed could not write them in the end."""
         while True:
             self._write_counts()
             time.sleep(0.1)
 
     def _write_counts(self) -> None:
+        if not self._counts:
+            return
         counts = {f"{name}:{moment}": count for (name, moment), count in self._passed.copy().items()}
         file = Path(f"{self._counts}.{os.getpid()}")
         new = file.with_name(f"new-{file.name}-{threading.get_ident()}")
@@ -200,11 +215,10 @@ class _Armed:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Finds the points of a module in the order of the text, and wraps those that are wanted."""
+    """Finds the points of a module in the order of the text, and wraps them."""
 
-    def __init__(self, module: str, wants: Callable[[str], bool]) -> None:
+    def __init__(self, module: str) -> None:
         self._module = module
-        self._wants = wants
         self._inside: list[str] = []
         self._seen: Counter[tuple[str, str]] = Counter()
         self.points: list[Point] = []
@@ -252,8 +266,6 @@ class _Rewriter(ast.NodeTransformer):
 
     def _wrapped(self, wrapper: str, value: ast.expr, *points: Point) -> ast.expr:
         names = [str(point) for point in points]
-        if not any(self._wants(name) for name in names):
-            return value
         arguments: list[ast.expr] = [ast.Constant(name) for name in names]
         call = ast.Call(ast.Name(wrapper, ast.Load()), [*arguments, value], [])
         return ast.fix_missing_locations(ast.copy_location(call, value))
@@ -325,7 +337,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
         tree = ast.parse(self.get_data(path), path)
-        rewriter = _Rewriter(fullname.removeprefix(f"{PACKAGE}."), ARMED.wants)
+        rewriter = _Rewriter(fullname.removeprefix(f"{PACKAGE}."))
         code: CodeType = compile(rewriter.visit(tree), path, "exec")
         return code
 
@@ -361,7 +373,7 @@ def points(modules: Sequence[str] = MODULES) -> list[Point]:
 
 def points_of(module: str, source: str) -> list[Point]:
     """The awaits of a module's source."""
-    rewriter = _Rewriter(module, lambda _: False)
+    rewriter = _Rewriter(module)
     rewriter.visit(ast.parse(source))
     return rewriter.points
 
@@ -377,7 +389,7 @@ def installed() -> Iterator[None]:
         sys.meta_path.remove(finder)
 
 
-ARMED = _Armed()
+ARMED = Armed()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -386,7 +398,8 @@ def main(arguments: Sequence[str]) -> None:
     NEOFORGE_FAULT_LEASE is the worker's lease in seconds; a message with the subject NEOFORGE_FAULT_POISON kills the worker
     that writes it.
     """
-    with installed():
+    ARMED.orders = Path(os.environ["NEOFORGE_FAULTS"])
+    with installed(), ARMED.counted():
         if arguments[0] == "serve":
             from neoforge_email.cli import main as neoforge
 

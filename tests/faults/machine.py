@@ -23,12 +23,14 @@ import aiohttp
 import asyncpg
 
 from neoforge_email import db, keys
-from neoforge_email.embedded import PostgreSQL, Valkey, spawn, stop
+from neoforge_email.embedded import Child, PostgreSQL, Valkey, spawn, stop
 from neoforge_email.settings import DatabaseUrl
 from tests.sendgrid_double import API_KEY
 
 from . import disk
 from .clock import Clock
+from .endpoint import Endpoint
+from .nursery import Forked
 
 RESTART_SECONDS = 1.0
 START_SECONDS = 30.0
@@ -57,6 +59,8 @@ class Setup:
     """Whose clock can be stepped: `service` or `database`."""
     small_disk: str = ""
     """What of PostgreSQL lies on a disk that can be filled: `wal` or `data`."""
+    endpoint: bool = False
+    """A customer's endpoint hears of everything by webhooks."""
     settings: tuple[tuple[str, str], ...] = ()
 
 
@@ -78,13 +82,11 @@ SENDGRID_FAULTS: dict[str, dict[str, object]] = {
 class Service:
     """One process of ours, kept alive as systemd would."""
 
-    def __init__(self, start: Callable[[Mapping[str, str]], subprocess.Popen[bytes]], machine: Machine) -> None:
+    def __init__(self, start: Callable[[], Child], machine: Machine) -> None:
         self._start = start
         self._machine = machine
         self._watching: asyncio.Task[None] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self.armed: dict[str, str] = {}
-        self.restarts = 0
+        self._process: Child | None = None
 
     @property
     def pid(self) -> int:
@@ -103,9 +105,13 @@ class Service:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
         return False
 
-    async def start(self, armed: Mapping[str, str]) -> None:
-        self.armed = dict(armed)
-        self._process = await self._machine.in_thread(self._start, self.armed)
+    @property
+    def started(self) -> bool:
+        """Whether it is kept alive now."""
+        return self._watching is not None
+
+    async def start(self) -> None:
+        self._process = await self._machine.in_thread(self._start)
         self._watching = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
@@ -113,8 +119,7 @@ class Service:
             while self._process is not None and self._process.poll() is None:
                 await asyncio.sleep(0.02)
             await asyncio.sleep(RESTART_SECONDS)
-            self.restarts += 1
-            self._process = await self._machine.in_thread(self._start, self.armed)
+            self._process = await self._machine.in_thread(self._start)
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self._watching is not None:
@@ -145,9 +150,11 @@ class Machine:
             f"worker{number}": Service(self._spawner(number), self) for number in range(1, setup.workers + 1)
         }
         self.disk: disk.SmallDisk | None = None
+        self.endpoint = Endpoint(free_port()) if setup.endpoint else None
         self.key = ""
         self._sink: subprocess.Popen[bytes] | None = None
         self._orders = 0
+        self._kept: asyncpg.Connection[asyncpg.Record] | None = None
         self._verification_key = ""
 
     async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -169,6 +176,10 @@ class Machine:
             await self.in_thread(self.postgresql.start)
         await self.in_thread(self.valkey.start)
         await self._prepare_database()
+        if self.endpoint is not None:
+            async with self.connection() as connection:
+                await self.endpoint.register(connection)
+            await self.endpoint.start()
         if self.setup.careful:
             await self.in_thread(make_certificate, self.directory / "certificate.pem")
         self._sink = await self.in_thread(self._spawn_sink)
@@ -182,6 +193,10 @@ class Machine:
     async def stop(self) -> None:
         for service in self.services.values():
             await service.stop(signal.SIGKILL)
+        if self.endpoint is not None:
+            await self.endpoint.stop()
+        if self._kept is not None:
+            self._kept.terminate()
         if self._sink is not None:
             await self.in_thread(stop, self._sink, (signal.SIGTERM, 5.0))
         await self.in_thread(self.valkey.stop)
@@ -249,6 +264,12 @@ class Machine:
             }
         if self.setup.events:
             settings |= {"SENDGRID_WEBHOOK_SECRET": self._verification_key, "EMAIL_UNCERTAIN_WAIT": "6"}
+        if self.endpoint is not None:
+            settings |= {
+                "WEBHOOK_ALLOW_HTTP": "true",
+                "WEBHOOK_ALLOWED_NETWORKS": "127.0.0.0/8",
+                "WEBHOOK_TIMEOUT": CALL_SECONDS,
+            }
         if self.setup.careful:
             settings |= {
                 "SMTP_USE_TLS": "true",
@@ -262,19 +283,26 @@ class Machine:
             settings["NEOFORGE_FAULT_LEASE"] = str(self.setup.lease_seconds)
         return {**inherited(), **settings, **dict(self.setup.settings)}
 
-    def _spawn_api(self, armed: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        return self._spawn("api", ["tests.faults.inject", "serve"], {**self.environment("api"), **armed})
+    def _spawn_api(self) -> Child:
+        orders = {"NEOFORGE_FAULTS": str(self._orders_of("api"))}
+        return self._begin("api", "serve", {**self.environment("api"), **orders})
 
-    def _spawner(self, number: int) -> Callable[[Mapping[str, str]], subprocess.Popen[bytes]]:
-        def start(armed: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _spawner(self, number: int) -> Callable[[], Child]:
+        def start() -> Child:
             own = {
                 "WORKER_INSTANCE": str(number),
                 "NEOFORGE_FAULT_PROVIDER_PORT": str(self.sink_port),
+                "NEOFORGE_FAULTS": str(self._orders_of(f"worker{number}")),
             }
-            environment = {**self.environment("worker"), **own, **armed}
-            return self._spawn(f"worker{number}", ["tests.faults.inject", "worker"], environment)
+            return self._begin(f"worker{number}", "worker", {**self.environment("worker"), **own})
 
         return start
+
+    def _begin(self, name: str, what: str, environment: Mapping[str, str]) -> Child:
+        if self.setup.clocks == "service":
+            # Its clock is a library that is loaded with a program.
+            return self._spawn(name, ["tests.faults.inject", what], environment)
+        return Forked([what], self.directory / f"{name}.log", environment)
 
     def _spawn_sink(self) -> subprocess.Popen[bytes]:
         arguments = ["--port", str(self.sink_port), "--journal", str(self.journal)]
@@ -292,18 +320,25 @@ class Machine:
         log = self.directory / f"{name}.log"
         return spawn(command, log=log, environment=environment, death_signal=signal.SIGKILL)
 
-    async def arm(self, armed: Mapping[str, Mapping[str, str]]) -> None:
-        """Run each service with these faults, anew where it has others; returns when all have begun their work."""
+    def _orders_of(self, service: str) -> Path:
+        return self.directory / f"orders-{service}"
+
+    async def arm(self, orders: Mapping[str, Mapping[str, object]], *, anew: bool) -> None:
+        """Give each service its orders, or none, and see that all have begun their work; with `anew` those that have any
+        begin it anew."""
         async with self.connection() as connection:
             began = await connection.fetchval("select clock_timestamp()")
-        anew = 0
+        workers = 0
         for name, service in self.services.items():
-            wanted = dict(armed.get(name, {}))
-            if service._process is not None and not wanted and not unspent(service.armed):
+            file = self._orders_of(name)
+            new = file.with_suffix(".new")
+            new.write_text(json.dumps(orders.get(name, {"faults": [], "marker": ""})), encoding="utf-8")
+            new.rename(file)
+            if service.started and not service.stopped and not (anew and name in orders):
                 continue
             await service.stop(signal.SIGKILL)
-            await service.start(wanted)
-            anew += name != "api"
+            await service.start()
+            workers += name != "api"
 
         async def workers_began() -> bool:
             async with self.connection() as connection:
@@ -312,7 +347,7 @@ class Machine:
                     " where application_name like 'neoforge-worker%' and backend_start > $1",
                     began,
                 )
-            return bool(seen >= anew)
+            return bool(seen >= workers)
 
         await until(self._api_answers, START_SECONDS, "the API does not answer")
         await until(workers_began, START_SECONDS, "a worker does not start")
@@ -355,23 +390,34 @@ class Machine:
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
-        """The superuser's, as soon as the server takes one."""
+        """The superuser's, as soon as the server takes one. It is kept for the next time, unless it is in use or broken."""
+        connection, self._kept = self._kept, None
+        try:
+            if connection is not None:
+                await connection.execute("select", timeout=5)
+        except db.UNAVAILABLE:
+            connection = None
+        connection = connection or await self._connect()
+        try:
+            yield connection
+        except BaseException:
+            connection.terminate()
+            raise
+        if self._kept is None:
+            self._kept = connection
+        else:
+            await connection.close(timeout=5)
+
+    async def _connect(self) -> asyncpg.Connection[asyncpg.Record]:
         deadline = time.monotonic() + START_SECONDS
         url = DatabaseUrl.parse(self.postgresql.dsn("postgres", DATABASE))
         while True:
             try:
-                connection = await asyncpg.connect(
-                    url.dsn, timeout=5, server_settings={"application_name": "laboratory"}
-                )
-                break
+                return await asyncpg.connect(url.dsn, timeout=5, server_settings={"application_name": "laboratory"})
             except db.UNAVAILABLE:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.1)
-        try:
-            yield connection
-        finally:
-            await connection.close(timeout=5)
 
     def kill_postgresql(self) -> None:
         """SIGKILL to the server and all its processes at once."""
@@ -383,15 +429,6 @@ class Machine:
     def delivered(self) -> int:
         """How many messages have arrived since the machine was made."""
         return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
-
-
-def unspent(armed: Mapping[str, str]) -> bool:
-    """Whether one of these faults has not happened yet."""
-    faults = armed.get("NEOFORGE_FAULT", "").splitlines()
-    marker = armed.get("NEOFORGE_FAULT_MARKER", "")
-    return "NEOFORGE_FAULT_COUNTS" in armed or any(
-        not Path(f"{marker}.{number}").exists() for number in range(len(faults))
-    )
 
 
 def inherited() -> dict[str, str]:

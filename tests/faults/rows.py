@@ -41,6 +41,8 @@ class Row:
     refused_every: int = 0
     keyless_every: int = 0
     pause_seconds: float = 0
+    anew: bool = False
+    """The processes that have faults begin anew."""
 
     def body(self, key: str, number: int) -> dict[str, object]:
         """The request that makes message `number`; `key` is this run of the row."""
@@ -160,6 +162,20 @@ async def kill_everything(machine: Machine) -> None:
     await restart_postgresql(machine)
 
 
+async def close_endpoint(machine: Machine) -> None:
+    """A customer's endpoint is away for three seconds."""
+    assert machine.endpoint is not None
+    await machine.endpoint.stop()
+    await asyncio.sleep(3)
+    await machine.endpoint.start()
+
+
+async def refuse_webhooks(machine: Machine) -> None:
+    assert machine.endpoint is not None
+    machine.endpoint.refuse = 20
+    await asyncio.sleep(0)
+
+
 async def cut_connections(machine: Machine) -> None:
     """Every connection of ours, again and again for four seconds."""
     end = time.monotonic() + 4
@@ -268,7 +284,7 @@ def scenarios() -> Iterator[Row]:
     if disk.usable():
         for part in ("wal", "data"):
             setup = Setup(small_disk=part)
-            yield Row(f"PostgreSQL's disk is full for 4 s: {part}", setup, disturb=at(0.3, fill_disk))
+            yield Row(f"the disk of PostgreSQL's {part} is full for 4 s", setup, disturb=at(0.3, fill_disk))
 
     for mode, words in UNANSWERED.items():
         disturb, number = at(0.3, Order(mode, 3)), 3 if mode.endswith("-after") else 0
@@ -333,6 +349,7 @@ def scenarios() -> Iterator[Row]:
                 name = f"the clock {words} steps {'forward' if seconds > 0 else 'back'} 1 h, twice"
                 yield Row(name, Setup(clocks=whose), disturb=at(0.3, Step(seconds)))
     yield from over_http()
+    yield from to_customers()
 
 
 def over_http() -> Iterator[Row]:
@@ -347,6 +364,10 @@ def over_http() -> Iterator[Row]:
         yield Row(f"SendGrid {words}, 2 calls, and events come", reporting, disturb=disturb)
         if mode != "drop-mid-body":
             yield Row(f"SES {words}, 2 calls", ses, disturb=disturb, calls=2 * taken)
+    dead = (("EMAIL_PROVIDER", "smtp"), ("EMAIL_PROVIDER_FALLBACKS", "sendgrid"), ("SMTP_PORT", "1"))
+    yield Row(
+        "the first provider is dead, SendGrid takes over", Setup("sendgrid", settings=dead), messages=10_000, rate=0
+    )
     throttled = at(0.3, Order("defer", 3))
     yield Row("SendGrid throttles with 429, 3 calls", sendgrid, disturb=throttled)
     yield Row("SES throttles with 429, 3 calls", ses, disturb=throttled)
@@ -358,3 +379,20 @@ def over_http() -> Iterator[Row]:
     )
     yield Row("the API is killed while events come", reporting, disturb=at(0.5, Signal(SIGKILL, ("api",), 2)))
     yield Row("PostgreSQL is killed while events come", reporting, disturb=at(0.5, kill_postgresql))
+
+
+def to_customers() -> Iterator[Row]:
+    """A customer's endpoint, to which every event must come in the end."""
+    told = Setup(endpoint=True)
+    some: dict[str, Any] = {"messages": 1000, "rate": 200}
+    yield Row("webhooks, nothing is done", told, **some)
+    yield Row("webhooks, the endpoint is away for 3 s", told, disturb=at(0.3, close_endpoint), **some)
+    yield Row("webhooks, the endpoint answers 20 times 500", told, disturb=at(0.3, refuse_webhooks), **some)
+    yield Row(
+        "webhooks, their sender is killed, twice",
+        told,
+        disturb=at(0.3, Signal(SIGKILL, ("worker",), 2)),
+        calls=2,
+        **some,
+    )
+    yield Row("webhooks, PostgreSQL is killed", told, disturb=at(0.3, kill_postgresql), **some)

@@ -107,8 +107,9 @@ with inject.installed():
     from neoforge_email import outbox
 asyncio.run(main())
 """
-    armed = {"NEOFORGE_FAULT": fault, "NEOFORGE_FAULT_MARKER": str(tmp_path / "marker")}
-    environment = {**os.environ, **armed}
+    orders = tmp_path / "orders"
+    orders.write_text(json.dumps({"faults": [fault], "marker": str(tmp_path / "marker")}), encoding="utf-8")
+    environment = {**os.environ, "NEOFORGE_FAULTS": str(orders)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split(), done.stderr) == (code, said, "")
     again = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
