@@ -754,6 +754,20 @@ async def test_a_sender_that_is_killed_again_and_again_loses_nothing(
     assert all(verified(request, endpoint.secret) for request in receiver.requests)
 
 
+async def test_a_worker_process_sends_a_message_and_tells_of_it(
+    yard: Yard, receiver: Receiver, environment: dict[str, str]
+) -> None:
+    endpoint = await yard.endpoint(receiver.url)
+    email_id = await yard.message()
+    variables = {**os.environ, **environment, **VARIABLES, "DATABASE_URL": yard.database.worker}
+    worker = "neoforge_email.worker.WorkerSettings"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "arq", worker, "--burst", env=variables)
+    assert await process.wait() == 0
+    assert told(receiver.requests) == {str(email_id): ["sent"]}
+    assert verified(receiver.requests[0], endpoint.secret)
+    assert await yard.states() == {"delivered": 1}
+
+
 async def test_a_sender_that_is_stopped_finishes_what_it_began(yard: Yard, receiver: Receiver) -> None:
     await yard.endpoint(receiver.url)
 
