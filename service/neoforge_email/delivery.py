@@ -134,11 +134,12 @@ class Delivery:
         self._tried: dict[UUID, frozenset[str]] = {}
         self._attempts: list[_Attempt] = []
         self._completions: list[Completion] = []
+        self._committed = asyncio.Event()
+        """Of the completions that wait now."""
         self._wake = asyncio.Event()
         self._attempt_waits = asyncio.Event()
         self._completion_waits = asyncio.Event()
         self._idle = asyncio.Event()
-        self._gone = asyncio.Event()
         self._stopping = False
 
     def ring(self) -> None:
@@ -252,20 +253,23 @@ class Delivery:
     # --- send --------------------------------------------------------------------------------------------------
 
     async def _send(self) -> None:
+        """One call after the other, each only when the outcomes of the one before it are committed: of a sender that is
+        lost no more than one call is in doubt."""
+        committed = NOTHING_WAITS
         while True:
-            await self._deliver(await self._windows.get(), self._windows)
+            committed = await self._deliver(await self._windows.get(), self._windows, committed)
 
     async def _send_suspects(self) -> None:
-        """Each only when the outcome of the one before it is committed: it would be in doubt again if this one kills."""
+        """The next attempt, too, waits for the outcome before it: it would be in doubt again if this one kills."""
         while True:
-            window = await self._suspects.get()
-            await self._deliver(window, self._suspects)
-            while any(message.attempt in self._held for message in window.messages):
-                self._gone.clear()
-                await self._gone.wait()
+            committed = await self._deliver(await self._suspects.get(), self._suspects, NOTHING_WAITS)
+            await committed.wait()
 
-    async def _deliver(self, window: _Window, windows: asyncio.PriorityQueue[_Window]) -> None:
-        """Send a window by the first provider that may take it now. What goes beyond one call is put back to `windows`."""
+    async def _deliver(
+        self, window: _Window, windows: asyncio.PriorityQueue[_Window], before: asyncio.Event
+    ) -> asyncio.Event:
+        """Send a window by the first provider that may take it now, once `before` is set; what is returned is set when its
+        outcomes are committed. What goes beyond one call is put back to `windows`."""
         while not self._stopping:
             turn = await self._router.find(window.messages, window.tried)
             if turn is None:
@@ -277,31 +281,32 @@ class Delivery:
                 window, *rest = window.parts([turn.messages, *turn.rest])
                 for further in rest:
                     windows.put_nowait(further)
-            if await self._send_window(turn, window):
-                return
+            if committed := await self._send_window(turn, window, before):
+                return committed
             window.tried |= {turn.route.name}
         await self._release(window, self._error_interval if window.tried else 0)
+        return before
 
-    async def _send_window(self, turn: Turn, window: _Window) -> bool:
-        """One call by the provider whose turn it is; False if it could not be used, and nothing was done."""
+    async def _send_window(self, turn: Turn, window: _Window, before: asyncio.Event) -> asyncio.Event | None:
+        """One call by the provider whose turn it is; None if it could not be used, and nothing was done."""
         provider, results, mine = turn.route.provider, [], []
         try:
             async with provider.connection() as connection:
                 allowed = await self._attempted(window.messages, provider)
                 mine = [claimed for claimed in window.claims if claimed.message.id in allowed]
+                await before.wait()
                 attempted_at = datetime.now(UTC)
                 if mine:
                     results = await self._call(connection, provider, mine)
         except ProviderUnavailable as error:
             turn.route.unavailable(turn.era, error)
-            return False
+            return None
         turn.route.ended(turn.era, results)
         tried = window.tried | {provider.name}
-        self._record(
+        return self._record(
             self._judged(claimed, result, provider, attempted_at, tried)
             for claimed, result in zip(mine, results, strict=True)
         )
-        return True
 
     async def _call(
         self, connection: Connection, provider: Provider, window: Sequence[Claim]
@@ -414,10 +419,13 @@ class Delivery:
             EMAILS_UNCERTAIN.labels(name).inc()
         return Completion(claimed.message, decision, recipients, attempted_at, provider, provider_message_ids)
 
-    def _record(self, completions: Iterable[Completion]) -> None:
+    def _record(self, completions: Iterable[Completion]) -> asyncio.Event:
+        """Have them committed; what is returned is set when they are."""
         self._completions.extend(completions)
-        if self._completions:
-            self._completion_waits.set()
+        if not self._completions:
+            return NOTHING_WAITS
+        self._completion_waits.set()
+        return self._committed
 
     async def _complete(self) -> None:
         """Commit the outcomes of all that wait. They are kept and tried again for as long as the database is away."""
@@ -425,12 +433,14 @@ class Delivery:
             await self._completion_waits.wait()
             self._completion_waits.clear()
             batch, self._completions = self._completions, []
+            committed, self._committed = self._committed, asyncio.Event()
             try:
                 await self._patiently("complete", self._complete_once, batch)
             except UNSTORABLE:
                 log.exception("complete.batch_failed", messages=len(batch))
                 await self._complete_singly(batch)
             self._let_go(item.message for item in batch)
+            committed.set()
 
     async def _complete_once(self, batch: Sequence[Completion]) -> None:
         won, twice = await outbox.complete(self._pool, batch)
@@ -454,7 +464,6 @@ class Delivery:
         for message in messages:
             self._held.pop(message.attempt, None)
         EMAIL_IN_FLIGHT.labels(self._name).set(len(self._held))
-        self._gone.set()
         self._wake.set()
 
     # --- time --------------------------------------------------------------------------------------------------
@@ -503,6 +512,9 @@ CALL_FAILED = Result(Outcome.UNCERTAIN, Scope.MESSAGE, "the provider's call fail
 SUPPRESSED = Verdict(Status.SUPPRESSED, EventType.DROPPED, "on the suppression list")
 
 NOBODY: frozenset[str] = frozenset()
+
+NOTHING_WAITS = asyncio.Event()
+NOTHING_WAITS.set()
 
 UNTOUCHED = Decision(QueueState.QUEUED, timedelta(), 0, ())
 """Back to the queue as it was: the attempt's commit is unknown, and nothing was sent."""
