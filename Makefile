@@ -14,7 +14,7 @@ help: ## list the targets
 demo: .venv/demo.stamp ## run the whole service on this computer, without root, until Ctrl-C (ARGS="--check", "--fresh", "--help")
 	@$(BIN)/neoforge demo $(ARGS)
 
-test: lint test-rules test-inventory test-service test-demo test-faults ## everything: lint, alert rules, inventories, service, demo, faults, fleet
+test: lint test-rules test-inventory test-service test-demo test-faults ## everything: lint, alert rules, inventories, service, demo, faults, fleet on one machine
 	@.ci/fleet-or-say-so
 
 lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck, and the example inventories
@@ -59,6 +59,8 @@ test-fleet: .venv/development.stamp fleet-tools ## seven test machines on Debian
 test-single: export FLEET_SET ?= 9
 test-single: .venv/development.stamp fleet-tools ## the same with everything on one machine, on Debian 12
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/scenario default
+
+test-long: test-fleet ## what takes longer than `make test` may
 
 fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them (INVENTORY=local-single: one machine)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/create.yml -i inventories/$(INVENTORY)
