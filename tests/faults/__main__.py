@@ -77,7 +77,8 @@ def main(arguments: Sequence[str]) -> int:
         file = given.report or REPORT
         named = [outcome for outcome in outcomes if outcome.row in written]
         each = [outcome for outcome in outcomes if outcome.row not in written]
-        text = report.markdown(named, each, missed, not_run, left_out, given.only, time.monotonic() - began)
+        options = [f"--{name}={value}" for name in ("only", "minutes") if (value := getattr(given, name))]
+        text = report.markdown(named, each, missed, not_run, left_out, options, time.monotonic() - began)
         file.write_text(text, encoding="utf-8")
         say(f"written: {file}")
     broken = sum(not outcome.good for outcome in outcomes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .inject import Fault, Point
 from .machine import Setup
-from .rows import SHORT_LEASE, SIGTERM, TERMINATE, Order, Row, Signal, Then, at, kill_redis, scenarios
+from .rows import SHORT_LEASE, SIGKILL, SIGTERM, TERMINATE, Order, Row, Signal, Then, at, kill_redis, scenarios
 
 if TYPE_CHECKING:
     from .laboratory import Outcome
@@ -66,6 +66,12 @@ PROFILES = [
         REPORTING,
         faults=_faults("worker1", "outbox:record_events:connection.fetchrow:before:raise-unstorable:1"),
     ),
+    _each(
+        "a worker is lost with 24 calls under way",
+        Setup(connections=24),
+        disturb=at(0.02, Then(Order("silent-before", 24), 1.5, Signal(SIGKILL, ("worker",)))),
+        calls=24,
+    ),
     _each("SES", Setup("ses"), messages=100),
     _each("SIGTERM under SES", Setup("ses"), messages=100, rate=80, disturb=at(0.4, TERMINATE)),
 ]
@@ -89,6 +95,7 @@ BESIDE = {
     "outbox:queue_stats": "not on the way of a message: metrics",
     "providers.router:Router.find:route.limit.take": "under a rate only, and it never fails: tests/service has its cases",
     "providers.ses:SesConnection._to:self._to": "asks again without those whom SES refuses; the double refuses nobody",
+    "providers.wire:Wire.closed:self._closed": "nothing is under way: a server has not closed a connection that we have left",
     "worker:expire": "not on the way of a message: once a minute",
     "worker:forget": "not on the way of a message: clearing up",
     "worker:startup:loop.drained": "under --burst only",

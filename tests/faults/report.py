@@ -53,7 +53,7 @@ def markdown(
     missed: Sequence[str],
     not_run: Sequence[str],
     left_out: Sequence[str],
-    only: str | None,
+    options: Sequence[str],
     seconds: float,
 ) -> str:
     """The whole page: the `named` rows, and the sums of those for `each` await. `missed` are rows whose await no load
@@ -61,7 +61,7 @@ def markdown(
     outcomes = [*named, *each]
     broken = [outcome for outcome in outcomes if not outcome.good]
     totals = _sums(outcomes)
-    command = "make faults" + (f' ARGS="--only {shlex.quote(only)}"' if only else "")
+    command = "make faults" + (f' ARGS="{shlex.join(options)}"' if options else "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     servers = ", ".join(f"{name} {version(package)}" for name, package in SERVERS.items())
     parts = [
