@@ -36,6 +36,7 @@ from .settings import Settings
 
 log = structlog.get_logger()
 
+JOBS_END_SECONDS = 5
 PARTITIONS_AHEAD = 3
 IDEMPOTENCY_KEYS_KEPT = timedelta(hours=24)
 RECEIPTS_KEPT = timedelta(days=7)  # longer than any request is fresh, so that a replay is always recognised
@@ -93,6 +94,8 @@ def worker_settings(settings: Settings, *, burst: bool = False) -> dict[str, Any
         "health_check_key": f"{settings.email_queue_name}:health:{settings.instance}",
         "health_check_interval": 5,
         "job_timeout": settings.email_worker_timeout.total_seconds(),
+        # arq leaves on_shutdown out where SIGTERM cancels a job that is just ending: what is being sent would be uncertain.
+        "job_completion_wait": JOBS_END_SECONDS,
         "max_tries": 1,
     }
 

@@ -29,7 +29,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -79,6 +79,12 @@ class Fault:
         if moment not in {"before", "after"} or action not in ACTIONS:
             raise ValueError(f"not a fault: {text}")
         return cls(Point.parse(point), moment, action, int(occurrence))
+
+
+def first(fault: Fault, earlier: Sequence[Fault]) -> Fault:
+    """The fault at its first occurrence, after those that happen `earlier` at this very place."""
+    there = [old.occurrence for old in earlier if (old.point, old.moment) == (fault.point, fault.moment)]
+    return replace(fault, occurrence=max(there, default=0) + 1)
 
 
 # --- what can happen ------------------------------------------------------------------------------------------------
@@ -133,6 +139,14 @@ def _cut(is_wanted: Callable[[Any], bool]) -> Callable[[], None]:
     return act
 
 
+def _soon(turns: int, call: Callable[[], None]) -> None:
+    """Call it so many turns of the event loop later."""
+    if turns:
+        asyncio.get_running_loop().call_soon(_soon, turns - 1, call)
+    else:
+        call()
+
+
 def _is_database(peer: Any) -> bool:
     return isinstance(peer, str) and ".s.PGSQL" in peer
 
@@ -143,6 +157,7 @@ def _is_provider(peer: Any) -> bool:
 
 ACTIONS: dict[str, Callable[[], None]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda: _soon(2, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "cut-database": _cut(_is_database),
     "cut-provider": _cut(_is_provider),

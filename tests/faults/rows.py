@@ -337,6 +337,12 @@ def scenarios() -> Iterator[Row]:
     yield Row("SIGTERM of the API", plain, disturb=at(0.3, Signal(SIGTERM, ("api",))))
     yield Row("SIGTERM of API and worker", wide, disturb=at(0.3, Signal(SIGTERM, ("api", "worker"))))
     yield Row(
+        "SIGTERM of the worker when a job of arq's ends",
+        wide,
+        faults={"worker1": (Fault.parse("worker:ensure_partitions:outbox.ensure_partitions:after:terminate:1"),)},
+        anew=True,
+    )
+    yield Row(
         "a worker is stopped beyond its lease and wakes up",
         Setup(workers=2, lease_seconds=SHORT_LEASE),
         rate=400,
