@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .inject import Fault, Point
+from .inject import Fault, Point, first
 from .machine import Setup
 from .rows import SHORT_LEASE, SIGKILL, SIGTERM, TERMINATE, Order, Row, Signal, Then, at, kill_redis, scenarios
 
@@ -98,6 +98,7 @@ BESIDE = {
     "providers.wire:Wire.closed:self._closed": "nothing is under way: a server has not closed a connection that we have left",
     "worker:expire": "not on the way of a message: once a minute",
     "worker:forget": "not on the way of a message: clearing up",
+    "worker:reconcile_rows": "not on the way of a message: once a minute",
     "worker:startup:loop.drained": "under --burst only",
 }
 """Awaits without rows, by the beginning of their names, and why."""
@@ -163,24 +164,27 @@ def each_await(points: Sequence[Point], reached: Sequence[Outcome]) -> tuple[lis
             profile, passes = replace(ASLEEP, anew=profile.anew), passes // 3
         service = service_of(fault.point)
         earlier = profile.faults.get(service, ())
-        # Where the load itself has a fault at this very place, this one comes after it.
-        first = max(
-            (old.occurrence + 1 for old in earlier if (old.point, old.moment) == (fault.point, fault.moment)), default=1
-        )
-        faults = {**profile.faults, service: (*earlier, replace(fault, occurrence=max(passes // 3, first)))}
+        turn = max(passes // 3, first(fault, earlier).occurrence)
+        faults = {**profile.faults, service: (*earlier, replace(fault, occurrence=turn))}
         rows.append(replace(profile, name=name, load=profile.name, faults=faults, calls=profile.calls + calls))
     return rows, missed
 
 
+OFTEN = 5
+
+
 def _reaching(fault: Fault, reached: Sequence[Outcome]) -> tuple[Row, int] | None:
-    """The profile under whose load, or else at whose start, this point is passed, and how often."""
+    """The profile under whose load, or else at whose start, this point is passed, and how often: the first that passes it
+    often, or else the one that passes it most. Profiles that pass it by chance are no good."""
     for anew in (False, True):
-        for outcome in reached:
-            passes = outcome.passes_at_start if anew else outcome.passes
-            if before := passes.get(f"{fault.point}:before", 0):
-                # What never ends while a process lives, such as the loop that runs a worker, is passed before only.
-                passed = passes.get(f"{fault.point}:{fault.moment}", 0) or before
-                return replace(outcome.row, anew=anew), passed
+        for moment in (fault.moment, "before"):  # what never ends while a process lives is passed before only
+            passes = [
+                (outcome.passes_at_start if anew else outcome.passes).get(f"{fault.point}:{moment}", 0)
+                for outcome in reached
+            ]
+            if most := max(passes, default=0):
+                chosen = next(n for n, number in enumerate(passes) if number >= min(most, OFTEN))
+                return replace(reached[chosen].row, anew=anew), passes[chosen]
     return None
 
 
@@ -196,6 +200,8 @@ def subset() -> Iterator[Row]:
         "the provider drops the connection mid-body, 3 times",
         "a worker with 8 calls under way is killed, twice",
         "SIGTERM of API and worker",
+        "SIGTERM of the worker when a job of arq's ends",
+        "webhooks, their sender is killed, twice",
         "SendGrid times out after it took the message, 2 calls, and events come",
     )
     written = {row.name: row for row in scenarios()}

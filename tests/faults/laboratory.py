@@ -24,6 +24,7 @@ from neoforge_email import reconcile
 
 from . import count, endpoint
 from .count import Counted
+from .inject import Fault, first
 from .load import Load, Progress
 from .machine import WINDOW, Machine, Service, Setup, machine
 from .rows import Row
@@ -31,6 +32,8 @@ from .rows import Row
 REST_SECONDS = 90.0
 """How long nothing may move until a row has come to rest: longer than a lease, which is all that brings back a claim whose
 answer was lost."""
+TIMERS_SECONDS = 6.0
+"""How long to wait for a fault at what comes by time alone."""
 CHUNK = 40
 """Rows that one machine runs at most before a new one is made."""
 
@@ -97,6 +100,8 @@ async def run_row(lab: Machine, row: Row, *, counting: bool = False) -> Outcome:
             if row.disturb is not None:
                 tasks.create_task(row.disturb(lab, progress))
         at_rest = await _rest(lab, key) and await _rest_awake(lab, key)
+        if not await _reached(row, markers):
+            at_rest = await _rest(lab, key)
         if counting:
             await asyncio.sleep(1)
     except (TimeoutError, ExceptionGroup) as error:
@@ -107,11 +112,9 @@ async def run_row(lab: Machine, row: Row, *, counting: bool = False) -> Outcome:
     if counting:
         _note_passes(outcome, at_start, _passes(lab.directory, counts))
     await _count(lab, key, progress, offset, outcome)
-    for name, faults in row.faults.items():
-        # Those before the last one only prepare the way, and after a kill they may have no occasion.
-        if not Path(f"{markers}-{name}.{len(faults) - 1}").exists():
-            outcome.unreached = True
-            outcome.problems.append(f"not reached: {faults[-1]}")
+    for fault in _unreached(row, markers):
+        outcome.unreached = True
+        outcome.problems.append(f"not reached: {fault}")
     if not at_rest and not outcome.counted.stuck:
         outcome.problems.append("the queue did not come to rest")
     outcome.seconds = time.monotonic() - began
@@ -147,6 +150,22 @@ async def _rest_awake(lab: Machine, key: str) -> bool:
         await asyncio.sleep(0.1)
     await asyncio.sleep(1)
     return await _rest(lab, key)
+
+
+def _unreached(row: Row, markers: Path) -> list[Fault]:
+    """The last faults that have not happened. Those before them only prepare the way; after a kill they may have no turn."""
+    return [
+        faults[-1] for name, faults in row.faults.items() if not Path(f"{markers}-{name}.{len(faults) - 1}").exists()
+    ]
+
+
+async def _reached(row: Row, markers: Path) -> bool:
+    """Whether all faults had happened before the messages were at rest; else wait for what a timer does."""
+    before = deadline = time.monotonic()
+    deadline += TIMERS_SECONDS
+    while _unreached(row, markers) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    return time.monotonic() - before < 0.1
 
 
 async def _wake(services: Sequence[Service], setup: Setup) -> None:
@@ -290,7 +309,7 @@ async def _run_on_a_machine(rows: list[Row], report: Report, until: float, *, co
             while left and time.monotonic() < until:
                 row = left.pop(0)
                 outcome = await run_row(lab, row, counting=counting)
-                for again in (_at_first(row), replace(_at_first(row), anew=True)):
+                for again in (_at_first(row), *[replace(_at_first(row), anew=True)] * 3):
                     if outcome.unreached:
                         outcome = await run_row(lab, again)
                 outcomes.append(outcome)
@@ -306,8 +325,7 @@ async def _run_on_a_machine(rows: list[Row], report: Report, until: float, *, co
 def _at_first(row: Row) -> Row:
     """The same with the last fault at its first occurrence: its turn did not come often enough."""
     return replace(
-        row,
-        faults={name: (*faults[:-1], replace(faults[-1], occurrence=1)) for name, faults in row.faults.items()},
+        row, faults={name: (*faults[:-1], first(faults[-1], faults[:-1])) for name, faults in row.faults.items()}
     )
 
 

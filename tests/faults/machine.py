@@ -111,7 +111,7 @@ class Service:
         return self._watching is not None
 
     async def start(self) -> None:
-        self._process = await self._machine.in_thread(self._start)
+        await self._machine.in_thread(self._begin)
         self._watching = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
@@ -119,16 +119,24 @@ class Service:
             while self._process is not None and self._process.poll() is None:
                 await asyncio.sleep(0.02)
             await asyncio.sleep(RESTART_SECONDS)
-            self._process = await self._machine.in_thread(self._start)
+            await self._machine.in_thread(self._begin)
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
             self._watching = None
+        await self._machine.in_thread(self._end, number)
+
+    # In one thread, one after the other: who is told to end while it is being started must not live on.
+
+    def _begin(self) -> None:
+        self._process = self._start()
+
+    def _end(self, number: signal.Signals) -> None:
         if self._process is not None:
             self.send(signal.SIGCONT)
-            await self._machine.in_thread(stop, self._process, (number, 10.0))
+            stop(self._process, (number, 10.0))
             self._process = None
 
 
