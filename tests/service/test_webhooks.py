@@ -302,6 +302,7 @@ async def test_two_senders_keep_the_order_and_send_nothing_twice(
     yard: Yard, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhooks, "RETRIES", (timedelta(milliseconds=20),))
+    monkeypatch.setattr(webhooks, "PAUSES", (timedelta(milliseconds=20),))
     monkeypatch.setattr(webhooks, "FAILING", 1000)
     endpoint = await yard.endpoint(receiver.url)
     chance = random.Random(7)
