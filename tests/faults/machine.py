@@ -101,6 +101,8 @@ class Service:
     @property
     def stopped(self) -> bool:
         """Whether the process is suspended by SIGSTOP."""
+        if self._process is None:
+            return False
         with contextlib.suppress(OSError):
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
         return False
