@@ -136,7 +136,8 @@ def actions(point: Point) -> Iterator[tuple[str, str, int]]:
 
 
 STOPPED = ("Delivery._send_window", "Delivery._call", "Delivery._attempt", "Delivery._complete", "._body", "._reply")
-ASLEEP = _each("a worker stands still beyond its lease", Setup(workers=2, lease_seconds=SHORT_LEASE), rate=60)
+STANDING: dict[str, Any] = {"workers": 2, "lease_seconds": SHORT_LEASE}
+ASLEEP = _each("a worker stands still beyond its lease", Setup(**STANDING), rate=60)
 
 
 def candidates(points: Sequence[Point]) -> Iterator[tuple[str, Fault, int]]:
@@ -161,7 +162,10 @@ def each_await(points: Sequence[Point], reached: Sequence[Outcome]) -> tuple[lis
             continue
         profile, passes = found
         if fault.action == "stop":
-            profile, passes = replace(ASLEEP, anew=profile.anew), passes // 3
+            # Only where the load itself leads to the await is it kept.
+            leads = bool(profile.faults or profile.kilobytes)
+            asleep = replace(profile, setup=replace(profile.setup, **STANDING), rate=60) if leads else ASLEEP
+            profile, passes = replace(asleep, anew=profile.anew), passes // 3
         service = service_of(fault.point)
         earlier = profile.faults.get(service, ())
         turn = max(passes // 3, first(fault, earlier).occurrence)
