@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = os.environ.get("FLEET_INVENTORY", "inventories/local")
 FACTS = (
     "{'groups': groups, 'edge_name': edge_name, 'ports': ports, 'workers': workers, 'addresses': addresses, 'ssh': ssh, "
-    "'addresses6': addresses6, 'flows': flows}"
+    "'addresses6': addresses6, 'flows': flows, 'secrets_file': secrets_file}"
 )
 ADDRESSES = "dict(groups['all'] | zip(groups['all'] | map('extract', hostvars, '{}')))"
 EMAILS = "/api/v1/emails"
@@ -80,6 +80,7 @@ class Fleet:
         self.flows: list[dict[str, Any]] = facts["flows"]
         self.edge_name: str = facts["edge_name"]
         self.ports: dict[str, int] = facts["ports"]
+        self.secrets_file = Path(facts["secrets_file"])
         self.workers: int = int(facts["workers"])
         self.ssh_options: list[str] = [*facts["ssh"].split(), "-o", "ControlMaster=auto", "-o", "ControlPersist=60s"]
         self.ssh_options += ["-o", f"ControlPath=/tmp/nf-{os.getpid()}-%C"]
