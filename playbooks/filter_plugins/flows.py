@@ -5,8 +5,12 @@ from typing import Any
 
 
 def ports_of(flow: Mapping[str, Any]) -> str:
-    """Return a flow's port, or its range, as text."""
-    return f"{flow['port']}-{flow['through']}" if flow.get("through") not in (None, flow["port"]) else str(flow["port"])
+    """Return a flow's port, or its range, as text; with its protocols where they are not TCP alone."""
+    ports = (
+        f"{flow['port']}-{flow['through']}" if flow.get("through") not in (None, flow["port"]) else str(flow["port"])
+    )
+    protocols = flow.get("protocol", ["tcp"])
+    return ports if protocols == ["tcp"] else f"{ports} {'+'.join(protocols)}"
 
 
 def flows_picture(flows: Sequence[Mapping[str, Any]]) -> str:
@@ -17,8 +21,11 @@ def flows_picture(flows: Sequence[Mapping[str, Any]]) -> str:
         if ports_of(flow) not in ports:
             ports.append(ports_of(flow))
     arrows = [f'    {source} -->|"{", ".join(ports)}"| {target}' for (source, target), ports in pairs.items()]
-    rows = [f"| {flow['from']} | {flow['to']} | {ports_of(flow)} | {flow['why']} |" for flow in flows]
-    table = ["| from | to | port | why |", "|---|---|---|---|", *rows]
+    rows = [
+        f"| {flow['from']} | {flow['to']} | {ports_of(flow)} | {', '.join(flow.get('by', []))} | {flow['why']} |"
+        for flow in flows
+    ]
+    table = ["| from | to | port | by | why |", "|---|---|---|---|---|", *rows]
     return "\n".join(["```mermaid", "flowchart LR", *arrows, "```", "", *table])
 
 

@@ -155,14 +155,29 @@ def _flows(machine: Mapping[str, Any], groups: Mapping[str, list[str]]) -> Itera
         sources = [*networks, *groups]
         if flow.get("from") not in [*sources, *OPTIONAL]:
             yield f"{name} comes from {flow.get('from')}; write a group, or one of {', '.join(networks)}."
-        if flow.get("to") not in [*groups, *OPTIONAL]:
-            yield f"{name} goes to {flow.get('to')}; write a group of the inventory."
+        if flow.get("to") not in [*sources, *OPTIONAL]:
+            yield f"{name} goes to {flow.get('to')}; write a group of the inventory, or one of {', '.join(networks)}."
         for key in ("port", "through"):
             port = flow.get(key, 1 if key == "through" else None)
             if not isinstance(port, int) or not 0 < port < 65536:
                 yield f"{name} has {key} “{port}”; write a number from 1 to 65535."
         if not flow.get("why"):
             yield f"{name} says no reason; add why: and a few words, which become the rule's comment."
+        yield from _packets(flow, name, own=flow.get("from") in set(groups) - {"outside"})
+
+
+def _packets(flow: Mapping[str, Any], name: str, *, own: bool) -> Iterator[str]:
+    """Check whose packets a flow lets through; `own` says that they come from machines of the fleet."""
+    by, protocol = flow.get("by"), flow.get("protocol", ["tcp"])
+    if own and not (isinstance(by, list) and by):
+        yield (
+            f"{name} leaves the machines of {flow['from']} and says not whose it is; "
+            "add by: and a list of the users that may open it, such as by: [neoforge-worker]."
+        )
+    if by and not own:
+        yield f"{name} comes from {flow.get('from')}, whose users are not the fleet's; remove by."
+    if not isinstance(protocol, list) or not protocol or set(protocol) - {"tcp", "udp"}:
+        yield f"{name} has protocol “{protocol}”; write [udp], [udp, tcp], or leave it out for TCP."
 
 
 def _value(variables: Mapping[str, Any], name: str) -> Any:

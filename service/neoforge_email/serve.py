@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import ssl
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -45,7 +46,16 @@ def serve(settings: Settings) -> None:
             forwarded_allow_ips=settings.forwarded_allow_ips,
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
+            ssl_context_factory=_modern if settings.ssl_certfile else None,
         )
+
+
+def _modern(_: uvicorn.Config, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """TLS 1.3 with one curve: who asks the service itself, and not the edge, is of the fleet."""
+    context = default()
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_ecdh_curve("prime256v1")
+    return context
 
 
 def _serve_metrics(settings: Settings) -> None:

@@ -1,48 +1,14 @@
-"""Every machine: ssh, kernel settings, journal, names, as the running system has them."""
+"""Every machine: kernel settings, journal, names, upgrades, as the running system has them."""
 
 from __future__ import annotations
 
-import subprocess
+import re
 
 import pytest
 
 from .conftest import Fleet
 
 WITH_KEYS = ["loadbalancer", "api", "postgresql", "redis"]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "passwordauthentication no",
-        "kbdinteractiveauthentication no",
-        "authenticationmethods publickey",
-        "permitrootlogin without-password",
-        "permitemptypasswords no",
-        "x11forwarding no",
-        "allowtcpforwarding no",
-        "maxauthtries 3",
-    ],
-)
-def test_sshd_runs_hardened(fleet: Fleet, line: str) -> None:
-    assert line in fleet.ok(fleet.admin, "sshd -T").splitlines()
-
-
-def test_a_password_is_not_even_asked_for(fleet: Fleet) -> None:
-    # The first value of an option wins: these come before the ones that share a connection.
-    command = [
-        "ssh",
-        "-o",
-        "ControlPath=none",
-        "-o",
-        "PubkeyAuthentication=no",
-        "-o",
-        "BatchMode=yes",
-        *fleet.ssh_options,
-    ]
-    done = subprocess.run([*command, fleet.admin, "true"], capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 255
-    assert "Permission denied (publickey)" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -63,6 +29,50 @@ def test_the_journal_is_kept_over_a_reboot_and_bounded(fleet: Fleet) -> None:
     assert fleet.shell(fleet.admin, f"test -d /var/log/journal/{machine_id}").returncode == 0
     settings = fleet.ok(fleet.admin, "systemd-analyze cat-config systemd/journald.conf")
     assert "SystemMaxUse=1G" in settings
+
+
+def test_only_security_updates_come_by_themselves_and_never_of_the_databases_or_the_edge(
+    fleet: Fleet, each_machine: str
+) -> None:
+    said = fleet.ok(each_machine, "unattended-upgrade --dry-run --debug 2>&1", seconds=180)
+    match = re.search(r"Allowed origins are: (.*)", said)
+    assert match, said[-2000:]
+    assert match[1].count("origin=") == 1
+    assert "label=Debian-Security" in match[1]
+    program = (
+        "import apt_pkg, re; apt_pkg.init(); never = apt_pkg.config.value_list('Unattended-Upgrade::Package-Blacklist'); "
+        "print([name for name in ('postgresql-17', 'postgresql-common', 'redis-server', 'nginx', 'nginx-common', 'openssl') "
+        "if any(re.match(one, name) for one in never)])"
+    )
+    assert fleet.ok(each_machine, f'/usr/bin/python3 -c "{program}"').strip() == (
+        "['postgresql-17', 'postgresql-common', 'redis-server', 'nginx', 'nginx-common']"
+    )
+    assert "apt-daily-upgrade.timer" in fleet.ok(each_machine, "systemctl list-timers --all --no-legend")
+
+
+def test_nothing_dumps_core(fleet: Fleet, each_machine: str) -> None:
+    assert fleet.ok(each_machine, "runuser -u nobody -- sh -c 'ulimit -H -c'", seconds=30).strip() == "0"
+
+
+@pytest.mark.parametrize("module", ["usb-storage", "dccp", "cramfs"])
+def test_a_module_that_nobody_needs_is_not_loaded(fleet: Fleet, module: str) -> None:
+    if fleet.shell(fleet.admin, "command -v modprobe").returncode != 0:
+        pytest.skip("a machine without a kernel of its own loads no module")
+    assert f"install {module.replace('-', '_')} /bin/false" in fleet.ok(fleet.admin, "modprobe --showconfig").replace(
+        module, module.replace("-", "_")
+    )
+
+
+def test_new_files_are_not_everybody_s(fleet: Fleet, each_machine: str) -> None:
+    assert fleet.ok(each_machine, "bash -l -c umask").strip() == "0027"
+
+
+def test_the_audit_rules_are_written_and_the_daemon_starts_with_the_machine(fleet: Fleet, each_machine: str) -> None:
+    assert fleet.ok(each_machine, "systemctl is-enabled auditd").strip() == "enabled"
+    assert "/etc/neoforge" in fleet.ok(each_machine, "cat /etc/audit/rules.d/60-neoforge.rules")
+    if fleet.shell(each_machine, "systemd-detect-virt --quiet --container").returncode == 0:
+        pytest.skip("a container shares its host's audit, and auditd is not started in it")
+    assert "/etc/neoforge" in fleet.ok(each_machine, "auditctl -l")
 
 
 def test_machines_know_each_other_without_dns(fleet: Fleet, each_machine: str) -> None:

@@ -116,7 +116,29 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     ),
     "a flow from nowhere": (
         lambda _, main: main.update(flows_more=[{"from": "office", "to": "api", "port": 8000, "why": "tests"}]),
-        "The flow “tests” comes from office; write a group, or one of operators, internet.",
+        "The flow “tests” comes from office; write a group, or one of operators, internet, resolvers.",
+    ),
+    "a flow to nowhere": (
+        lambda _, main: main.update(
+            flows_more=[{"from": "api", "to": "office", "port": 80, "by": ["www-data"], "why": "x"}]
+        ),
+        "The flow “x” goes to office; write a group of the inventory, or one of operators, internet, resolvers.",
+    ),
+    "a flow of nobody": (
+        lambda _, main: main.update(flows_more=[{"from": "api", "to": "redis", "port": 6380, "why": "tests"}]),
+        "The flow “tests” leaves the machines of api and says not whose it is; add by: and a list of the users",
+    ),
+    "a flow of somebody elsewhere": (
+        lambda _, main: main.update(
+            flows_more=[{"from": "operators", "to": "redis", "port": 6380, "by": ["root"], "why": "tests"}]
+        ),
+        "The flow “tests” comes from operators, whose users are not the fleet's; remove by.",
+    ),
+    "a flow with an unknown protocol": (
+        lambda _, main: main.update(
+            flows_more=[{"from": "internet", "to": "api", "port": 80, "protocol": "udp", "why": "x"}]
+        ),
+        "The flow “x” has protocol “udp”; write [udp], [udp, tcp], or leave it out for TCP.",
     ),
     "a flow without a port": (
         lambda _, main: main.update(flows_more=[{"from": "api", "to": "redis", "port": "redis", "why": "tests"}]),
