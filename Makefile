@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 INVENTORY ?= local
 
-.PHONY: help demo test lint test-service test-demo test-rules test-inventory flows test-faults faults test-fleet test-single test-long fleet fleet-destroy fleet-tools bench locks clean
+.PHONY: help demo test lint test-service test-demo test-rules test-inventory flows test-faults faults test-fleet test-single test-judges test-long fleet fleet-destroy fleet-tools bench locks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ test-fleet: .venv/development.stamp fleet-tools ## seven test machines on Debian
 test-single: export FLEET_SET ?= 9
 test-single: .venv/development.stamp fleet-tools ## the same with everything on one machine, on Debian 12
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/scenario default
+
+test-judges: .venv/development.stamp ## ssh-audit, sslyze and Lynis on a running fleet (INVENTORY=local-single: one machine)
+	@.ci/judges $(PYTHON)
+	FLEET_JUDGES=yes FLEET_INVENTORY=inventories/$(INVENTORY) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -o faulthandler_timeout=600 tests/fleet/test_security.py $(ARGS)
 
 test-long: test-fleet ## what takes longer than `make test` may
 

@@ -11,3 +11,5 @@ lock operations.txt -c requirements/development.txt --group operations
 lock bench.txt -c requirements/development.txt pyproject.toml --extra demo --group build --group bench
 lock demo.txt -c requirements/development.txt pyproject.toml --extra demo --group build
 lock service.txt -c requirements/development.txt pyproject.toml
+# In a virtual environment of their own: they pin what the service needs newer.
+lock judges.txt --group judges "$@"
