@@ -66,16 +66,19 @@ def test_pg_hba_knows_scram_over_tls_only_and_ends_in_reject(fleet: Fleet, machi
 
 def test_every_password_is_a_scram_verifier(fleet: Fleet, machine: str) -> None:
     query = "select rolname from pg_authid where rolname <> 'postgres' and rolcanlogin"
-    assert sql(fleet, machine, query).count("neoforge_") == 5
+    assert sql(fleet, machine, query).count("neoforge_") == 6
     assert sql(fleet, machine, f"{query} and rolpassword not like 'SCRAM-SHA-256$%'") == ""
 
 
 def test_no_role_of_the_service_may_more_than_it_needs(fleet: Fleet, machine: str) -> None:
     powers = "rolsuper or rolcreatedb or rolcreaterole or rolreplication or rolbypassrls"
     query = f"select rolname from pg_roles where rolname like 'neoforge%' and ({powers}) order by rolname"
-    assert sql(fleet, machine, query) == "neoforge_replication"
-    query = "select rolsuper or rolcreatedb or rolcreaterole or rolbypassrls from pg_roles where rolname = "
-    assert sql(fleet, machine, f"{query} 'neoforge_replication'") == "f"
+    assert sql(fleet, machine, query) == "neoforge_backup\nneoforge_replication"
+    query = (
+        "select rolsuper or rolcreatedb or rolcreaterole, rolbypassrls, rolreplication from pg_roles where rolname = "
+    )
+    assert sql(fleet, machine, f"{query} 'neoforge_replication'") == "f|f|t"
+    assert sql(fleet, machine, f"{query} 'neoforge_backup'") == "f|t|f"
     assert sql(fleet, machine, "select has_schema_privilege('neoforge_app', 'public', 'create')") == "f"
     query = "select count(*) from pg_database, aclexplode(datacl) where datname = current_database() and grantee = 0"
     assert sql(fleet, machine, query) == "0"
