@@ -28,7 +28,11 @@ def inventory_mistakes(hostvars: Mapping[str, Any], groups: Mapping[str, list[st
         return ["The inventory has no group fleet; copy inventories/prod and put your machines under fleet, children."]
     found = [*_groups(groups, fleet), *_addresses(hostvars, fleet), *_variables(hostvars, fleet)]
     # Flows are made of the groups: asked only once those are right.
-    return found or [*_operators(hostvars[fleet[0]]), *_flows(hostvars[fleet[0]], groups)]
+    return found or [
+        *_operators(hostvars[fleet[0]]),
+        *_alerts(hostvars.raw_get(groups["monitoring"][0])),
+        *_flows(hostvars[fleet[0]], groups),
+    ]
 
 
 def _groups(groups: Mapping[str, list[str]], fleet: list[str]) -> Iterator[str]:
@@ -146,6 +150,17 @@ def _operators(machine: Mapping[str, Any]) -> Iterator[str]:
             ipaddress.ip_network(network)
         except ValueError as error:
             yield f"operators_networks has “{network}” ({error}); write a network such as 192.0.2.0/24."
+
+
+def _alerts(machine: Mapping[str, Any]) -> Iterator[str]:
+    mail = machine.get("alertmanager_smtp_host")
+    if not mail and not machine.get("alertmanager_webhooks"):
+        yield (
+            "Nobody would hear of an alert; write alertmanager_smtp_host, which takes the mail, with alertmanager_to, "
+            "or alertmanager_webhooks, a list of URLs."
+        )
+    elif mail and not machine.get("alertmanager_to"):
+        yield "Alerts go out by mail, and to nobody; write alertmanager_to, such as [operators@example.com]."
 
 
 def _flows(machine: Mapping[str, Any], groups: Mapping[str, list[str]]) -> Iterator[str]:

@@ -65,7 +65,7 @@ class Load:
             connection = self.send(connection, number)
 
     def send(self, connection: http.client.HTTPConnection, number: int) -> http.client.HTTPConnection:
-        recipient = f"{self.spec['run']}-{number}@example.com"
+        recipient = self.spec.get("to", "{}@example.com").format(f"{self.spec['run']}-{number}")
         body = json.dumps({"to": recipient, "subject": f"Number {number}", "text": "Under way."})
         headers = {**self.spec["headers"], "Idempotency-Key": f"{self.spec['run']}-{number}"}
         reason = "patience is over"

@@ -60,7 +60,7 @@ def test_a_port_stands_in_the_flow_table_and_nowhere_else() -> None:
     ("group", "variable"),
     [
         ("loadbalancer", "nginx_api_servers"),
-        ("monitoring", "prometheus_targets"),
+        ("monitoring", "prometheus_modules"),
         ("api", "service_api_environment"),
         ("worker", "service_worker_environment"),
     ],

@@ -79,12 +79,12 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
         "app2 and app1 both have fleet_ipv4 192.0.2.21; give each its own.",
     ),
     "a boolean is a text": (
-        lambda _, main: main.update(prometheus_server="no"),
-        "lb1: prometheus_server is the text “no”; write prometheus_server: false, without quotation marks.",
+        lambda _, main: main.update(alertmanager_smtp_require_tls="no"),
+        "lb1: alertmanager_smtp_require_tls is the text “no”; write alertmanager_smtp_require_tls: false, without",
     ),
     "a boolean of one machine is a text": (
-        lambda hosts, _: hosts["all"]["hosts"]["ops1"].update(prometheus_server="True"),
-        "ops1: prometheus_server is the text “True”; write prometheus_server: true, without quotation marks.",
+        lambda hosts, _: hosts["all"]["hosts"]["ops1"].update(alertmanager_smtp_require_tls="True"),
+        "ops1: alertmanager_smtp_require_tls is the text “True”; write alertmanager_smtp_require_tls: true, without",
     ),
     "a number is a text": (
         lambda _, main: main.update(postgresql_memory_mb="4G"),
@@ -113,6 +113,14 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     "a network is none": (
         lambda _, main: main.update(operators_networks=["192.0.2.7/24"]),
         "operators_networks has “192.0.2.7/24” (192.0.2.7/24 has host bits set); write a network such as 192.0.2.0/24.",
+    ),
+    "nobody hears of alerts": (
+        lambda _, main: main.update(alertmanager_smtp_host=""),
+        "Nobody would hear of an alert; write alertmanager_smtp_host, which takes the mail, with alertmanager_to, or",
+    ),
+    "alerts by mail to nobody": (
+        lambda _, main: main.pop("alertmanager_to"),
+        "Alerts go out by mail, and to nobody; write alertmanager_to, such as [operators@example.com].",
     ),
     "a flow from nowhere": (
         lambda _, main: main.update(flows_more=[{"from": "office", "to": "api", "port": 8000, "why": "tests"}]),
@@ -225,6 +233,6 @@ def test_site_yml_stops_before_the_first_change_and_names_every_mistake(copy: Pa
     assert done.returncode == 2
     assert "Nothing was changed" in done.stdout
     assert "Leave one machine in postgresql." in done.stdout
-    assert "write prometheus_server: false" in done.stdout
+    assert "write alertmanager_smtp_require_tls: false" in done.stdout
     assert "changed=0" in done.stdout
     assert not (copy / "secrets.yml").exists()
