@@ -8,6 +8,7 @@ test_secrets.py looks for secrets.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -31,8 +32,18 @@ CHANGED = re.compile(r"^\S+ +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=
 LIMIT = 1200  # seconds for one run, on a computer that does other things as well
 
 
+def descendants(process: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    listed = subprocess.run(["ps", "--no-headers", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
+    parents = [(int(pid), int(parent)) for pid, parent in (line.split() for line in listed.stdout.splitlines())]
+    found = [process]
+    for above in found:
+        found += [pid for pid, parent in parents if parent == above]
+    return found[1:]
+
+
 class Run:
-    """One run of site.yml in a session of its own, so that a signal reaches all of it."""
+    """One run of site.yml."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -44,14 +55,17 @@ class Run:
             stdin=subprocess.DEVNULL,
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
             env=environment,
         )
         self.watchdog = threading.Timer(LIMIT, self.kill)
         self.watchdog.start()
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """Ansible's workers are in sessions of their own; the controller goes first, so that it starts no more."""
+        below = descendants(self.process.pid)
+        for process in (self.process.pid, *below):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
