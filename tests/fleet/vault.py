@@ -33,7 +33,7 @@ class Vault:
 
     def passwords(self) -> list[str]:
         """Names of what is text for a machine and may be another text after the next run."""
-        return sorted(name for name in self.read() if not name.startswith("ca_"))
+        return sorted(name for name in self.read() if name.startswith(("postgresql_", "redis_")))
 
     def forget(self, name: str) -> None:
         """Take a secret out of the file; the next run makes another one."""
