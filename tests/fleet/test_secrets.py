@@ -13,8 +13,8 @@ from .conftest import INVENTORY, ROOT, Edge, Fleet
 from .vault import Vault
 
 PROGRAM = (Path(__file__).parent / "leaks.py").read_text()
-# A key that its service reads as a member of its group, and by design nobody else.
-READ_BY_GROUP = re.compile(r"^/etc/redis/users-(queue|cache)\.acl$")
+# What a service reads as a member of its group, and by design nobody else.
+READ_BY_GROUP = re.compile(r"^/etc/(redis/users-(queue|cache)\.acl|pgbackrest/conf\.d/secrets\.conf)$")
 
 
 @pytest.fixture(scope="module")
