@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 INVENTORY ?= local
 
-.PHONY: help demo test lint test-service test-demo test-rules test-inventory flows test-faults faults test-fleet test-single test-judges test-long fleet fleet-destroy fleet-tools bench locks clean
+.PHONY: help demo test lint test-service test-demo test-rules test-inventory flows test-faults faults test-fleet test-single test-judges test-interrupted test-long fleet fleet-destroy fleet-tools bench locks clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,7 +64,11 @@ test-judges: .venv/development.stamp ## ssh-audit, sslyze and Lynis on a running
 	@.ci/judges $(PYTHON)
 	FLEET_JUDGES=yes FLEET_INVENTORY=inventories/$(INVENTORY) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -o faulthandler_timeout=600 tests/fleet/test_security.py $(ARGS)
 
+test-interrupted: .venv/development.stamp ## kill twenty runs of site.yml on a running fleet; each time the next converges, and the one after changes nothing (INVENTORY=local-single)
+	FLEET_INVENTORY=inventories/$(INVENTORY) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.fleet.interrupted --each 20 $(ARGS)
+
 test-long: test-fleet ## what takes longer than `make test` may
+	$(MAKE) fleet test-judges test-interrupted fleet-destroy INVENTORY=local-single
 
 fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them (INVENTORY=local-single: one machine)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/create.yml -i inventories/$(INVENTORY)
