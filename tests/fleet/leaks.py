@@ -1,7 +1,7 @@
 """Looks for secrets on a machine; run there by test_secrets.py with Python's own library, as root.
 
 Reads from standard input a JSON object, from a secret's name to the texts that give it away, and prints a JSON list of
-[name, where]. Looked through: the journal, every process's environment and command line, PostgreSQL's log, and every file that
+[name, where]. Looked through: the journal, every process's environment and command line, every log, and every file that
 another user than its owner may read.
 """
 
@@ -44,7 +44,7 @@ def search(where: str, stream: object, needles: list[tuple[str, bytes]]) -> Iter
 
 
 def files(root: str) -> Iterator[str]:
-    """Yield the files that group or others may read, and every log of PostgreSQL."""
+    """Yield the files that group or others may read, and every log."""
     for directory, names, leaves in os.walk(root):
         names[:] = [
             name
@@ -57,7 +57,7 @@ def files(root: str) -> Iterator[str]:
                 mode = os.lstat(path).st_mode
             except OSError:
                 continue
-            if stat.S_ISREG(mode) and (mode & (stat.S_IRGRP | stat.S_IROTH) or directory == "/var/log/postgresql"):
+            if stat.S_ISREG(mode) and (mode & (stat.S_IRGRP | stat.S_IROTH) or directory.startswith("/var/log")):
                 yield path
 
 
