@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .conftest import INVENTORY, ROOT, Fleet
+from .conftest import INVENTORY, ROOT, Fleet, Show
 
 PLAYBOOK = str(Path(sys.executable).with_name("ansible-playbook"))
 
@@ -81,3 +81,16 @@ def lock_out(fleet: Fleet, tag: str, variables: dict[str, Any]) -> LockedOut:
         for watch in watches:
             watch.join(60)
     return LockedOut(done.stdout + done.stderr, *(watch.longest for watch in watches))
+
+
+def taken_back(fleet: Fleet, tag: str, variables: dict[str, Any], said: str, state: str, show: Show) -> None:
+    """Values that lock the operator out must fail with `said`, and the machine itself must bring `state` (a command) back."""
+    before = fleet.ok(fleet.admin, state)
+    locked = lock_out(fleet, tag, variables)
+    assert said in locked.said
+    assert fleet.ok(fleet.admin, state) == before
+    show(f"{tag}: locked out for {locked.seconds4:.0f} s over IPv4, {locked.seconds6:.0f} s over IPv6")
+    assert 1 < locked.seconds4 < 30
+    assert 1 < locked.seconds6 < 30
+    # The candidate on the machine is the bad one until the next run: put the good one back.
+    playbook(tag, fleet.admin)

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from .conftest import Fleet
-from .lockout import lock_out, playbook
+from .conftest import Fleet, Show
+from .lockout import playbook, taken_back
 
 BOTH = ["iptables", "ip6tables"]
 # Opens a connection: family, address, port on the command line.
@@ -130,19 +130,10 @@ def test_the_next_boot_loads_what_is_loaded_now(fleet: Fleet, each_machine: str)
     fleet.ok(each_machine, "neoforge-firewall same /etc/neoforge/firewall/candidate /etc/neoforge/firewall")
 
 
-def test_rules_that_lock_the_operator_out_are_taken_back(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rules_that_lock_the_operator_out_are_taken_back(fleet: Fleet, show: Show) -> None:
     """Both families come back by the machine itself, and the next boot does not get the bad rules."""
     state = "cat /run/neoforge-firewall/loaded; cat /etc/neoforge/firewall/rules.v*"
-    before = fleet.ok(fleet.admin, state)
-    locked = lock_out(fleet, "firewall", {"operators_networks": ["192.0.2.1/32"]})
-    assert "has its old rules back" in locked.said
-    assert fleet.ok(fleet.admin, state) == before
-    with capsys.disabled():
-        print(f"\nfirewall: locked out for {locked.seconds4:.0f} s over IPv4, {locked.seconds6:.0f} s over IPv6")  # noqa: T201
-    assert 1 < locked.seconds4 < 30
-    assert 1 < locked.seconds6 < 30
-    # The candidate on the machine is the bad one until the next run: put the good one back.
-    playbook("firewall", fleet.admin)
+    taken_back(fleet, "firewall", {"operators_networks": ["192.0.2.1/32"]}, "has its old rules back", state, show)
     fleet.ok(fleet.admin, "neoforge-firewall same /etc/neoforge/firewall/candidate /etc/neoforge/firewall")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from .conftest import ROOT, Fleet
+from .conftest import ROOT, Fleet, Show
 
 # They take minutes a machine: `make test-judges` asks for them.
 judged = pytest.mark.skipif(
@@ -34,15 +34,6 @@ def judges() -> None:
     subprocess.run([ROOT / ".ci/judges"], check=True)
 
 
-@pytest.fixture
-def show(capsys: pytest.CaptureFixture[str]) -> Any:
-    def say(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n{text}", end="")  # noqa: T201
-
-    return say
-
-
 @cache
 def release(fleet: Fleet, machine: str) -> str:
     return fleet.ok(machine, ". /etc/os-release && echo $VERSION_ID").strip()
@@ -54,7 +45,7 @@ def bound(unit: str) -> float:
     return next((value for name, value in exposure.items() if re.match(name, unit)), 3.0)
 
 
-def test_no_unit_has_more_rights_than_its_bound(fleet: Fleet, each_machine: str, show: Any) -> None:
+def test_no_unit_has_more_rights_than_its_bound(fleet: Fleet, each_machine: str, show: Show) -> None:
     listed = fleet.ok(
         each_machine, "systemctl list-units --type=service --state=active --plain --no-legend"
     ).splitlines()
@@ -80,7 +71,7 @@ def test_no_unit_has_more_rights_than_its_bound(fleet: Fleet, each_machine: str,
 @judged
 @pytest.mark.usefixtures("judges")
 @pytest.mark.parametrize("family", [4, 6])
-def test_ssh_audit_s_policy_for_the_release_passes(fleet: Fleet, each_machine: str, family: int, show: Any) -> None:
+def test_ssh_audit_s_policy_for_the_release_passes(fleet: Fleet, each_machine: str, family: int, show: Show) -> None:
     name = f"Hardened Debian {release(fleet, each_machine)} (version "
     listed = subprocess.run(
         [JUDGES / "ssh-audit", "--list-policies"], capture_output=True, text=True, check=True
@@ -126,7 +117,7 @@ def sslyze(fleet: Fleet, configuration: str, machine: str, name: str, port: int,
 
 @judged
 @pytest.mark.usefixtures("judges")
-def test_the_edge_is_mozilla_s_intermediate_configuration(fleet: Fleet, show: Any) -> None:
+def test_the_edge_is_mozilla_s_intermediate_configuration(fleet: Fleet, show: Show) -> None:
     sslyze(fleet, "intermediate", fleet.groups["loadbalancer"][0], fleet.edge_name, fleet.ports["https"])
     show(f"sslyze: {fleet.edge_name}: intermediate")
 
@@ -143,7 +134,7 @@ def test_the_edge_is_mozilla_s_intermediate_configuration(fleet: Fleet, show: An
     ],
 )
 def test_inside_it_is_the_modern_configuration(
-    fleet: Fleet, group: str, port: str, options: list[str], show: Any
+    fleet: Fleet, group: str, port: str, options: list[str], show: Show
 ) -> None:
     machine = fleet.groups[group][0]
     sslyze(fleet, "modern", machine, machine, fleet.ports[port], *options)
@@ -151,7 +142,7 @@ def test_inside_it_is_the_modern_configuration(
 
 
 @judged
-def test_lynis_finds_nothing_that_is_not_waived(fleet: Fleet, each_machine: str, show: Any) -> None:
+def test_lynis_finds_nothing_that_is_not_waived(fleet: Fleet, each_machine: str, show: Show) -> None:
     install = "DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends lynis"
     fleet.ok(each_machine, f"command -v lynis >/dev/null || {install} >/dev/null", seconds=180)
     fleet.ok(each_machine, "lynis audit system --quick --no-colors --quiet", seconds=600)

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from .conftest import Fleet
-from .lockout import lock_out, playbook
+from .conftest import Fleet, Show
+from .lockout import playbook, taken_back
 
 
 @pytest.mark.parametrize(
@@ -64,21 +64,10 @@ def test_what_is_written_is_what_sshd_runs_with(fleet: Fleet, each_machine: str)
     fleet.ok(each_machine, "neoforge-sshd same")
 
 
-def test_a_configuration_that_locks_the_operator_out_is_taken_back(
-    fleet: Fleet, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration_that_locks_the_operator_out_is_taken_back(fleet: Fleet, show: Show) -> None:
     """By the machine itself, seen by new connections; the session that is there proves nothing."""
     state = "cat /etc/ssh/sshd_config.d/00-neoforge.conf; sshd -T"
-    before = fleet.ok(fleet.admin, state)
-    locked = lock_out(fleet, "sshd", {"sshd_settings": {"AuthorizedKeysFile": "none"}})
-    assert "has its old one back" in locked.said
-    assert fleet.ok(fleet.admin, state) == before
-    with capsys.disabled():
-        print(f"\nsshd: locked out for {locked.seconds4:.0f} s over IPv4, {locked.seconds6:.0f} s over IPv6")  # noqa: T201
-    assert 1 < locked.seconds4 < 30
-    assert 1 < locked.seconds6 < 30
-    # The candidate on the machine is the bad one until the next run: put the good one back.
-    playbook("sshd", fleet.admin)
+    taken_back(fleet, "sshd", {"sshd_settings": {"AuthorizedKeysFile": "none"}}, "has its old one back", state, show)
     fleet.ok(fleet.admin, "neoforge-sshd same")
 
 
