@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import EMAILS, ROOT, Edge, Fleet
+from .conftest import ROOT, Edge, Fleet
 from .test_prometheus import query
 
 RULES = sorted((ROOT / "files/prometheus").glob("*.rules.yml"))
@@ -75,20 +75,8 @@ def stop(fleet: Fleet, group: str, pattern: str, undo: ExitStack) -> None:
 
 def send_refused(fleet: Fleet, edge: Edge, run: str, count: int) -> None:
     """Messages that the provider refuses for good, each to somebody else."""
-    spec = {
-        "do": "load",
-        "host": fleet.edge_name,
-        "ca": fleet.ca,
-        "path": EMAILS,
-        "headers": edge.headers,
-        "run": run,
-        "to": "smtp-550@{}.example.com",
-        "count": count,
-        "threads": 8,
-        "seconds": 1,
-        "patience_seconds": 60,
-    }
-    answer = fleet.ok(fleet.outsider, "python3 /root/client.py", json.dumps(spec), seconds=90)
+    spec = edge.load(run, count, to="smtp-550@{}.example.com", seconds=1, patience_seconds=60)
+    answer = fleet.ok(fleet.outsider, "python3 /root/client.py", spec, seconds=90)
     assert json.loads(answer.splitlines()[-1])["failures"] == []
 
 

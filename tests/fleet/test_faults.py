@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from .conftest import EMAILS, Edge, Fleet
+from .conftest import Edge, Fleet
 
 MESSAGES = 500
 KILL_AT = (150, 350)
@@ -28,18 +28,6 @@ def test_every_message_arrives_though_a_process_is_killed(
     fleet.wait_for_empty_queue(60)
     before = len(fleet.arrivals())
     run = f"{victim}-{int(time.time())}"
-    spec = {
-        "do": "load",
-        "host": fleet.edge_name,
-        "ca": fleet.ca,
-        "path": EMAILS,
-        "headers": edge.headers,
-        "run": run,
-        "count": MESSAGES,
-        "threads": 8,
-        "seconds": 3,
-        "patience_seconds": 50,
-    }
     machine = fleet.groups[victim][0]
     kills = list(KILL_AT)
     last = ""
@@ -51,7 +39,7 @@ def test_every_message_arrives_though_a_process_is_killed(
     ) as client:
         assert client.stdin is not None
         assert client.stdout is not None
-        client.stdin.write(json.dumps(spec))
+        client.stdin.write(edge.load(run, MESSAGES, seconds=3, patience_seconds=50))
         client.stdin.close()
         for last in client.stdout:
             if kills and last.startswith("accepted ") and int(last.split()[1]) >= kills[0]:
