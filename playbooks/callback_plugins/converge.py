@@ -31,7 +31,7 @@ HELP = {
 }
 
 
-class CallbackModule(CallbackBase):  # type: ignore[misc]
+class CallbackModule(CallbackBase):
     """Counts nothing itself: Ansible does."""
 
     CALLBACK_VERSION = 2.0
@@ -56,9 +56,10 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
         if not self.is_site or given["check"] or set(given["tags"]) - {"all"} or not machines or not self.monitoring:
             return
         # A file a machine: a run with --limit leaves what is known of the others.
+        commit = revision()
         with tempfile.TemporaryDirectory() as directory:
             for machine in machines:
-                report = metrics(machine, stats.summarize(machine))
+                report = metrics(machine, commit, stats.summarize(machine))
                 Path(directory, f"converge-{machine}.prom").write_text(report, encoding="utf-8")
             command = [str(Path(sys.argv[0]).with_name("ansible")), self.monitoring[0], "-m", "ansible.builtin.copy"]
             command += ["-a", f"src={directory}/ dest={DIRECTORY}/ mode=0644"]
@@ -71,14 +72,14 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]
             )
 
 
-def metrics(machine: str, summary: dict[str, int]) -> str:
-    """Return the metrics of a run on a machine, of Ansible's summary of it."""
+def metrics(machine: str, commit: str, summary: dict[str, int]) -> str:
+    """Return the metrics of a run of the project's `commit` on a machine, of Ansible's summary of it."""
     values = {
         "timestamp_seconds": int(time.time()),
         "changed_tasks": summary["changed"],
         "failed_tasks": summary["failures"] + summary["unreachable"],
     }
-    lines = [f'neoforge_converge_info{{machine="{machine}",revision="{revision()}"}} 1']
+    lines = [f'neoforge_converge_info{{machine="{machine}",revision="{commit}"}} 1']
     for name, value in values.items():
         lines.append(f"# HELP neoforge_converge_{name} {HELP[name]}")
         lines.append(f"# TYPE neoforge_converge_{name} gauge")
