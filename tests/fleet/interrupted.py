@@ -22,12 +22,13 @@ from pathlib import Path
 from .conftest import INVENTORY, ROOT, Fleet
 from .vault import Vault
 
-# A beginning of the output's line for a task, from the first of a bare machine to the last; the first three are CI's.
+# Beginnings of the output's lines for the tasks at which a run on a bare machine is killed.
 PLACES = [
     "TASK [base : Install packages]",
     "TASK [redis : Write the users]",
     "TASK [nginx : Prove that it redirects to HTTPS]",
 ]
+TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[", re.MULTILINE)
 CHANGED = re.compile(r"^\S+ +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=(\d+)", re.MULTILINE)
 LIMIT = 1200  # seconds for one run, on a computer that does other things as well
 
@@ -71,7 +72,7 @@ class Run:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def tasks(self) -> int:
-        return len(re.findall(r"^(?:TASK|RUNNING HANDLER) \[", self.said(), re.MULTILINE))
+        return len(TASK.findall(self.said()))
 
     def end(self) -> int:
         """Wait for its end; the exit status."""
@@ -82,12 +83,16 @@ class Run:
 
     def kill_at(self, place: str | int, delay: float) -> bool:
         """Kill it `delay` seconds after it came to a task, by the beginning of its line or by its number; whether it came."""
-        while self.process.poll() is None:
-            if self.tasks() >= place if isinstance(place, int) else place in self.said():
-                time.sleep(delay)
-                self.kill()
-                break
-            time.sleep(0.2)
+        begun, rest = 0, ""
+        with self.log.open(encoding="utf-8", errors="replace") as output:
+            while self.process.poll() is None:
+                *lines, rest = (rest + output.read()).split("\n")
+                begun += sum(bool(TASK.match(line)) for line in lines)
+                if begun >= place if isinstance(place, int) else any(line.startswith(place) for line in lines):
+                    time.sleep(delay)
+                    self.kill()
+                    break
+                time.sleep(0.2)
         return self.end() == -signal.SIGKILL
 
 
