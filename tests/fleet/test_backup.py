@@ -310,8 +310,8 @@ def test_a_backup_that_fails_says_so_and_takes_none_away(
 
 
 TELL = (
-    "curl -s -o /dev/null -w '%{{http_code}}' --cacert /etc/neoforge/pki/ca.crt --cert /etc/neoforge/pki/backup.crt "
-    "--key /etc/neoforge/pki/backup.key {} https://{}:{}/{}"
+    "curl -s -o /dev/null -w '%{{http_code}}' --cacert /etc/neoforge/pki/ca.crt --cert /etc/neoforge/pki/machine.crt "
+    "--key /etc/neoforge/pki/machine.key {} https://{}:{}/{}"
 )
 
 
