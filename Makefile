@@ -25,7 +25,7 @@ lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck,
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-lint --offline
 	set -e; for name in prod staging single local local-single; do \
 	    PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook playbooks/inventory.yml -i "inventories/$$name"; done
-	git ls-files ':!*.j2' | xargs grep -lE '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
+	git ls-files ':!*.j2' | xargs grep -lE --directories=skip '^#!/bin/(ba)?sh' | xargs $(BIN)/shellcheck
 
 test-service: .venv/development.stamp ## the service against real PostgreSQL, Valkey and Postfix
 	@.ci/postfix

@@ -19,7 +19,6 @@ from .lockout import playbook, taken_back
         "permitrootlogin without-password",
         "permitemptypasswords no",
         "x11forwarding no",
-        "allowtcpforwarding no",
         "allowagentforwarding no",
         "maxauthtries 3",
         "maxsessions 2",
@@ -58,6 +57,28 @@ def test_a_user_that_is_not_listed_does_not_get_in(fleet: Fleet) -> None:
         assert "Permission denied (publickey)" in done.stderr
     finally:
         fleet.ok(fleet.admin, "userdel --remove stranger")
+
+
+def test_an_operators_browser_reaches_the_monitoring_through_ssh_and_nothing_else(
+    fleet: Fleet, each_machine: str
+) -> None:
+    watching = each_machine in fleet.groups["monitoring"]
+    names = ["prometheus", "alertmanager", "node_exporter"]
+    answers = {name: forwarded(fleet, each_machine, fleet.ports[name]) for name in names}
+    assert answers == {"prometheus": watching, "alertmanager": watching, "node_exporter": False}
+
+
+def forwarded(fleet: Fleet, machine: str, port: int) -> bool:
+    """Whether a page on the machine's loopback is to be had through ssh."""
+    done = subprocess.run(
+        ["ssh", "-o", "ControlPath=none", *fleet.ssh_options, "-W", f"127.0.0.1:{port}", machine],
+        input="GET / HTTP/1.0\r\n\r\n",
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    return done.stdout.startswith("HTTP/1.0 ")
 
 
 def test_what_is_written_is_what_sshd_runs_with(fleet: Fleet, each_machine: str) -> None:
