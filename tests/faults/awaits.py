@@ -174,6 +174,12 @@ def each_await(points: Sequence[Point], reached: Sequence[Outcome]) -> tuple[lis
     return rows, missed
 
 
+def elsewhere(row: Row, points: Sequence[Point], reached: Sequence[Outcome]) -> Row:
+    """The same row under another load, where another leads to its await."""
+    others = [outcome for outcome in reached if outcome.row.name != row.load]
+    return next((other for other in each_await(points, others)[0] if other.name == row.name), row)
+
+
 OFTEN = 5
 
 
