@@ -14,7 +14,7 @@ help: ## list the targets
 demo: .venv/demo.stamp ## run the whole service on this computer, without root, until Ctrl-C (ARGS="--check", "--fresh", "--help")
 	@$(BIN)/neoforge demo $(ARGS)
 
-test: lint test-rules test-inventory test-service test-demo test-faults ## everything: lint, alert rules, inventories, service, demo, faults, fleet on one machine
+test: lint test-rules test-inventory test-service test-demo test-faults ## everything: lint, alert rules, inventories, service, demo, faults, the fleet on one machine and on seven
 	@.ci/fleet-or-say-so
 
 lint: .venv/development.stamp ## ruff, mypy, ansible-lint, yamllint, shellcheck, and the example inventories
@@ -67,7 +67,7 @@ test-judges: .venv/development.stamp ## ssh-audit, sslyze and Lynis on a running
 test-interrupted: .venv/development.stamp ## kill twenty runs of site.yml on a running fleet; each time the next converges, and the one after changes nothing (INVENTORY=local-single)
 	FLEET_INVENTORY=inventories/$(INVENTORY) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.fleet.interrupted --each 20 $(ARGS)
 
-test-long: test-fleet ## what takes longer than `make test` may
+test-long: ## what takes longer than `make test` may
 	$(MAKE) fleet test-judges test-interrupted fleet-destroy INVENTORY=local-single
 
 fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them (INVENTORY=local-single: one machine)
