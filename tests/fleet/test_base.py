@@ -18,6 +18,7 @@ WITH_KEYS = ["loadbalancer", "api", "postgresql", "redis"]
         ("net.ipv6.conf.all.accept_redirects", "0"),
         ("net.ipv4.conf.all.send_redirects", "0"),
         ("net.ipv4.tcp_syncookies", "1"),
+        ("net.ipv4.ip_forward", "0"),
     ],
 )
 def test_the_kernel_has_the_network_settings(fleet: Fleet, setting: str, value: str) -> None:
@@ -73,6 +74,64 @@ def test_the_audit_rules_are_written_and_the_daemon_starts_with_the_machine(flee
     if fleet.shell(each_machine, "systemd-detect-virt --quiet --container").returncode == 0:
         pytest.skip("a container shares its host's audit, and auditd is not started in it")
     assert "/etc/neoforge" in fleet.ok(each_machine, "auditctl -l")
+
+
+@pytest.mark.parametrize("place", ["/dev/shm", "/var/tmp"])
+def test_nothing_runs_from_where_everybody_may_write(fleet: Fleet, each_machine: str, place: str) -> None:
+    done = fleet.shell(each_machine, f"cp /bin/true {place}/program && {place}/program; echo $?; rm {place}/program")
+    assert done.stdout.strip() == "126", done.stderr
+
+
+def test_wrong_passwords_lock_an_account_for_a_while(fleet: Fleet) -> None:
+    name, right = "locked-out", "Right-Password-2026"
+    become = f"runuser -u nobody -- su {name} -c true"
+    fleet.ok(fleet.admin, f"useradd --no-create-home {name} && chpasswd", f"{name}:{right}\n")
+    try:
+        fleet.ok(fleet.admin, become, right + "\n")
+        for _ in range(3):
+            assert fleet.shell(fleet.admin, become, "wrong\n").returncode != 0
+        assert fleet.shell(fleet.admin, become, right + "\n").returncode != 0
+        fleet.ok(fleet.admin, f"faillock --user {name} --reset")
+        fleet.ok(fleet.admin, become, right + "\n")
+    finally:
+        fleet.ok(fleet.admin, f"userdel {name}; faillock --user {name} --reset || true")
+
+
+def test_a_changed_file_fails_the_nightly_look_until_it_is_accepted(fleet: Fleet) -> None:
+    def look(command: str) -> int:
+        return fleet.shell(fleet.admin, f"systemctl start neoforge-integrity@{command}", seconds=300).returncode
+
+    def said(text: str) -> bool:
+        journal = "journalctl --quiet --boot --unit=neoforge-integrity@check --since=-5min"
+        return text in fleet.ok(fleet.admin, journal)
+
+    assert look("begin") == 0
+    assert look("accept") == 0
+    assert look("check") == 0
+    stranger, program = "/etc/cron.d/stranger", "/usr/share/perl5/Debconf/Log.pm"
+    try:
+        fleet.ok(fleet.admin, f"echo '# nobody knows' >{stranger}; cp -a {program} /root/; echo '# more' >>{program}")
+        assert look("check") != 0
+        assert said(stranger)
+        assert said(program)
+        assert "neoforge-integrity@check" in fleet.ok(fleet.admin, "systemctl --failed --no-legend --plain")
+    finally:
+        fleet.ok(
+            fleet.admin, f"cp -a /root/{program.rsplit('/', 1)[1]} {program}; rm /root/{program.rsplit('/', 1)[1]}"
+        )
+    assert look("accept") == 0
+    assert fleet.ok(fleet.admin, "systemctl --failed --no-legend --plain") == ""
+    assert look("check") == 0
+    fleet.ok(fleet.admin, f"rm {stranger}")
+    assert look("accept") == 0
+
+
+def test_the_files_are_looked_through_by_themselves(fleet: Fleet, each_machine: str) -> None:
+    listed = fleet.ok(each_machine, "systemctl list-timers --no-legend 'neoforge-integrity@*'")
+    assert "neoforge-integrity@check.timer" in listed
+    assert "neoforge-integrity@begin.timer" in fleet.ok(
+        each_machine, "systemctl list-units --no-legend --plain '*.timer'"
+    )
 
 
 def test_machines_know_each_other_without_dns(fleet: Fleet, each_machine: str) -> None:
