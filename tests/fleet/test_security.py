@@ -1,7 +1,7 @@
 """What judges from elsewhere say of the running fleet: each figure is printed, and may only get better.
 
-Their Python programs are in .cache/judges (.ci/judges); Lynis is installed on the machine that it judges. The bounds
-and the waivers stand in tests/fleet/security.yml; docs/security.md explains both.
+Their Python programs are in .cache/judges (.ci/judges); Lynis and OpenSCAP are installed on the machine that they judge.
+The bounds and the waivers stand in tests/fleet/security.yml; docs/security.md explains both.
 """
 
 from __future__ import annotations
@@ -145,6 +145,8 @@ def test_inside_it_is_the_modern_configuration(
 def test_lynis_finds_nothing_that_is_not_waived(fleet: Fleet, each_machine: str, show: Show) -> None:
     install = "DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends lynis"
     fleet.ok(each_machine, f"command -v lynis >/dev/null || {install} >/dev/null", seconds=180)
+    # Of a new machine, the database of its files would come by itself half an hour later.
+    fleet.ok(each_machine, "systemctl start neoforge-integrity@begin", seconds=180)
     fleet.ok(each_machine, "lynis audit system --quick --no-colors --quiet", seconds=600)
     report = fleet.ok(each_machine, "cat /var/log/lynis-report.dat").splitlines()
     found = [line.split("=", 1)[1] for line in report if line.startswith(("warning[]=", "suggestion[]="))]
@@ -154,3 +156,59 @@ def test_lynis_finds_nothing_that_is_not_waived(fleet: Fleet, each_machine: str,
     unexpected = [line for line in found if line.split("|")[0] not in given["waived"]]
     assert unexpected == []
     assert index >= given["index"].get(int(release(fleet, each_machine)), 0)
+
+
+# Debian 12's own ssg-debian knows nothing of Debian 12: the next release's does. apt fetches as _apt, root gets nowhere.
+OPENSCAP = """
+set -eu
+export DEBIAN_FRONTEND=noninteractive
+command -v oscap >/dev/null || apt-get install -qq -y --no-install-recommends openscap-scanner >/dev/null
+install -d -o _apt /var/tmp/judges /var/tmp/judges/lists/partial
+cd /var/tmp/judges
+sed s/bookworm/trixie/ /etc/apt/sources.list >list
+ask() {
+    apt-get -qq -o Dir::Etc::SourceList="$PWD/list" -o Dir::Etc::SourceParts=/dev/null -o Dir::State::Lists="$PWD/lists" \
+        -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= "$@"
+}
+if [ ! -e usr ]; then
+    ask update
+    ask download ssg-debian
+    dpkg-deb --extract ssg-debian_*.deb .
+fi
+rm -r lists
+basename ssg-debian_*.deb _all.deb
+"""
+
+
+def openscap(fleet: Fleet, machine: str, profile: str) -> dict[str, list[str]]:
+    """Rules by their result, without the ids' common beginning."""
+    command = f"oscap xccdf eval --progress --profile xccdf_org.ssgproject.content_profile_{profile} "
+    command += "/var/tmp/judges/usr/share/xml/scap/ssg/content/ssg-debian12-ds.xml"
+    done = fleet.shell(machine, command, seconds=600)
+    # 2: a rule failed.
+    assert done.returncode in (0, 2), done.stdout + done.stderr
+    found: dict[str, list[str]] = {}
+    for rule, result in re.findall(r"content_rule_([\w-]+):(\w+)", done.stdout):
+        found.setdefault(result, []).append(rule)
+    assert found.get("pass"), done.stdout + done.stderr
+    return found
+
+
+@judged
+def test_openscap_finds_nothing_that_is_not_waived(fleet: Fleet, each_machine: str, show: Show) -> None:
+    if release(fleet, each_machine) != "12":
+        show(
+            f"{each_machine}: NOT JUDGED by OpenSCAP: ssg-debian has nothing for Debian {release(fleet, each_machine)}"
+        )
+        pytest.skip("OpenSCAP's content ends at Debian 12")
+    content = fleet.ok(each_machine, OPENSCAP, seconds=300).strip()
+    given = FIGURES["openscap"]
+    for profile in ("minimal", "intermediary"):
+        found = openscap(fleet, each_machine, f"anssi_bp28_{profile}")
+        counts = ", ".join(f"{result} {len(rules)}" for result, rules in sorted(found.items()))
+        show(f"{each_machine}: OpenSCAP, {content}, ANSSI-BP-028 {profile}: {counts}")
+        show("    fail: " + " ".join(sorted(found.get("fail", []))))
+        assert not found.get("error"), found["error"]
+        if profile == "minimal":
+            assert [rule for rule in found.get("fail", []) if rule not in given["waived"]] == []
+        assert len(found.get("fail", [])) <= given["failures"][profile]
