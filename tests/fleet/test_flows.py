@@ -147,7 +147,7 @@ def test_a_scan_finds_what_the_flow_table_opens_and_nothing_else(fleet: Fleet, g
     addresses = fleet.addresses if family == 4 else fleet.addresses6
     machines = [machine for machine in fleet.groups["fleet"] if machine != source]
     known = {port for machine in machines for ports in listening(fleet, machine).values() for port in ports}
-    known |= {port for flow in fleet.flows for port in ports_of(flow)}
+    known |= {port for flow in fleet.flows if flow["to"] in fleet.groups for port in ports_of(flow)}
     targets = [addresses[machine] for machine in machines]
     if group == "outside":
         found = scan_every_port(fleet, source, targets)
