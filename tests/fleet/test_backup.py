@@ -347,7 +347,7 @@ def test_a_machine_brings_nothing_in_the_name_of_another(fleet: Fleet, keeper: s
 def test_without_a_certificate_of_the_fleet_the_store_says_nothing(fleet: Fleet, keeper: str) -> None:
     url = f"https://{keeper}:{fleet.ports['backup']}/x"
     done = fleet.shell(fleet.groups["api"][0], f"{CURL} -s --cacert /etc/neoforge/pki/ca.crt {url}")
-    assert done.returncode in {35, 56}, "refused within TLS"
+    assert done.returncode not in {0, 7, 28}, "neither an answer, nor no connection, nor a firewall's silence"
     assert done.stdout == ""
 
 
