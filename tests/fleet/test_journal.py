@@ -21,11 +21,12 @@ def keeper(fleet: Fleet) -> str:
 
 
 def arrived(fleet: Fleet, keeper: str, machine: str, word: str, seconds: float = 30) -> bool:
-    """Whether a line comes to the keeper in time, in the file of that machine."""
+    """Whether a line comes to the keeper in time, into the file of that machine's address."""
     end = time.monotonic() + seconds
-    file = f"'{KEPT}/remote-CN={machine}.journal'"
+    files = [f"{KEPT}/remote-{address}.journal" for address in (fleet.addresses[machine], fleet.addresses6[machine])]
+    look = f"journalctl --quiet --output=cat --lines=500 $(ls {' '.join(files)} 2>/dev/null | sed s/^/--file=/)"
     while time.monotonic() < end:
-        if word in fleet.shell(keeper, f"journalctl --quiet --output=cat --file={file} --lines=500").stdout:
+        if word in fleet.shell(keeper, look).stdout:
             return True
         time.sleep(0.5)
     return False
@@ -49,17 +50,6 @@ def test_what_is_logged_while_the_keeper_is_away_comes_later(fleet: Fleet, keepe
     finally:
         fleet.ok(keeper, "systemctl start systemd-journal-remote.socket")
     assert arrived(fleet, keeper, machine, word)
-
-
-def test_nobody_without_a_certificate_of_the_fleet_adds_to_a_journal(fleet: Fleet, keeper: str) -> None:
-    machine = fleet.groups["api"][0]
-    entry = "__REALTIME_TIMESTAMP=1404101101501873\nMESSAGE=forged\n\n"
-    ask = (
-        "runuser -u systemd-journal-upload -- curl -s -o /dev/null -w '%{http_code}' --cacert /etc/neoforge/pki/ca.crt "
-        f"-H 'Content-Type: application/vnd.fdo.journal' --data-binary @- https://{keeper}:{fleet.ports['journal']}/upload"
-    )
-    assert fleet.shell(machine, ask, text=entry).stdout in {"000", "401", "403"}
-    assert "forged" not in fleet.ok(keeper, f"journalctl --quiet --output=cat --directory={KEPT} --lines=2000")
 
 
 def test_the_last_time_of_sending_is_a_metric(fleet: Fleet, keeper: str, each_machine: str) -> None:
