@@ -10,8 +10,6 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -82,21 +80,9 @@ def flows_to(fleet: Fleet, machine: str) -> list[dict[str, int]]:
     return [flow for flow in fleet.flows if machine in fleet.groups.get(flow["to"], [])]
 
 
-@contextmanager
-def free_egress(fleet: Fleet, machine: str) -> Iterator[None]:
-    """Whoever broke into a machine opens its way out: what the targets let in is asked, not what the source lets out."""
-    rule = "OUTPUT -p tcp -m comment --comment test -j ACCEPT"
-    both = "for table in iptables ip6tables; do $table -w {} " + rule + "; done"
-    fleet.ok(machine, both.format("-I") if machine in fleet.groups["fleet"] else "true")
-    try:
-        yield
-    finally:
-        fleet.ok(machine, both.format("-D") if machine in fleet.groups["fleet"] else "true")
-
-
 def scan(fleet: Fleet, source: str, targets: dict[str, list[int]]) -> dict[str, set[int]]:
     """The open ports of each address, tried by a small program that leaves nothing behind."""
-    with free_egress(fleet, source):
+    with fleet.free_egress(source):
         fleet.ok(source, "cat >/run/scan.py", SCAN)
         answer = fleet.ok(source, "python3 /run/scan.py", json.dumps(targets), seconds=900)
     return {address: set(ports) for address, ports in json.loads(answer).items()}

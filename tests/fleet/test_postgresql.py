@@ -102,7 +102,10 @@ except Exception as error:
     print(type(error).__name__, error)
 """
     fleet.ok(fleet.admin, "cat >/run/attempt.py", attempt)
-    return fleet.ok(fleet.admin, "/opt/neoforge/current/bin/python /run/attempt.py", json.dumps({**given, **options}))
+    with fleet.free_egress(fleet.admin):
+        return fleet.ok(
+            fleet.admin, "/opt/neoforge/current/bin/python /run/attempt.py", json.dumps({**given, **options})
+        )
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ def ask(fleet: Fleet, command: str, user: str = "", port: str = "redis", speak: 
     login = f"auth {user} {password}\n" if user else ""
     fleet.ok(asker, "cat >/run/ask.py", ASK)
     arguments = [fleet.groups["redis"][0], str(fleet.ports[port]), speak, command]
-    done = fleet.shell(asker, f"python3 /run/ask.py {shlex.join(arguments)}", login)
+    with fleet.free_egress(asker):
+        done = fleet.shell(asker, f"python3 /run/ask.py {shlex.join(arguments)}", login)
     return (done.stdout or done.stderr.strip().splitlines()[-1]).strip()
 
 
