@@ -60,7 +60,7 @@ test-single: export FLEET_SET ?= 9
 test-single: .venv/development.stamp fleet-tools ## the same with everything on one machine, on Debian 12
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/scenario default
 
-test-judges: .venv/development.stamp ## ssh-audit, sslyze and Lynis on a running fleet (INVENTORY=local-single: one machine)
+test-judges: .venv/development.stamp ## ssh-audit, sslyze, Lynis and OpenSCAP on a running fleet (INVENTORY=local-single: one machine)
 	@.ci/judges $(PYTHON)
 	FLEET_JUDGES=yes FLEET_INVENTORY=inventories/$(INVENTORY) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -o faulthandler_timeout=600 tests/fleet/test_security.py $(ARGS)
 
@@ -69,6 +69,7 @@ test-interrupted: .venv/development.stamp ## kill twenty runs of site.yml on a r
 
 test-long: ## what takes longer than `make test` may
 	$(MAKE) fleet test-judges test-interrupted fleet-destroy INVENTORY=local-single
+	FLEET_DEBIAN=12 $(MAKE) fleet test-judges fleet-destroy INVENTORY=local-single
 
 fleet: .venv/development.stamp fleet-tools ## test machines on this computer, with site.yml run on them (INVENTORY=local-single: one machine)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/ansible-playbook molecule/default/create.yml -i inventories/$(INVENTORY)
