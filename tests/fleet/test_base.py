@@ -108,7 +108,7 @@ def test_a_changed_file_fails_the_nightly_look_until_it_is_accepted(fleet: Fleet
     assert look("begin") == 0
     assert look("accept") == 0
     assert look("check") == 0
-    stranger, program = "/etc/cron.d/stranger", "/usr/share/perl5/Debconf/Log.pm"
+    stranger, program = "/etc/profile.d/stranger.sh", "/usr/share/perl5/Debconf/Log.pm"
     try:
         fleet.ok(fleet.admin, f"echo '# nobody knows' >{stranger}; cp -a {program} /root/; echo '# more' >>{program}")
         assert look("check") != 0
