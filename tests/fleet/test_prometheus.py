@@ -32,6 +32,7 @@ NOT_ALWAYS = {
     "emails_failed_total": "counts from the first failure",
     "maxmemory_policy": "a label",
     "neoforge_backup_last_success_timestamp_seconds": "comes with the first backup",
+    "neoforge_journal_sent_timestamp_seconds": "only where there is another machine to send to",
     "neoforge_unit_failed": "only where a unit failed",
     "node_timex_sync_status": "a container may not ask the clock",
     "pg_replication_slot_slot_is_active": "only where there is a replica",
