@@ -187,7 +187,7 @@ def show(capsys: pytest.CaptureFixture[str]) -> Show:
 
     def say(text: str) -> None:
         with capsys.disabled():
-            print(f"\n{text}", end="")  # noqa: T201
+            print(f"\n{text}", end="")  # noqa: T201 - the figure is for whoever runs the tests
 
     return say
 

@@ -94,7 +94,7 @@ def test_wrong_passwords_lock_an_account_for_a_while(fleet: Fleet) -> None:
         fleet.ok(fleet.admin, f"faillock --user {name} --reset")
         fleet.ok(fleet.admin, become, right + "\n")
     finally:
-        fleet.ok(fleet.admin, f"userdel {name}; faillock --user {name} --reset || true")
+        fleet.ok(fleet.admin, f"faillock --user {name} --reset; userdel {name}")
 
 
 def test_a_changed_file_fails_the_nightly_look_until_it_is_accepted(fleet: Fleet) -> None:

@@ -1,7 +1,8 @@
 """What listens, and what can be reached from where, is what the flow table says; over IPv4 and IPv6.
 
 Every port is tried from a machine outside of the fleet, by nmap. From a machine of each group, which gets no scanner installed,
-it is every port that listens anywhere or stands in the table; with FLEET_SCAN=all it is every port, which takes half an hour.
+it is every port that listens anywhere or that the table opens on one of them; with FLEET_SCAN=all it is every port, which takes
+half an hour.
 """
 
 from __future__ import annotations
