@@ -44,7 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     wanted = re.compile(given.only or "")
 
     written = [row for row in (subset() if given.subset else scenarios()) if wanted.search(row.name)]
-    names = [] if given.subset else [name for name, _, _ in candidates(points()) if wanted.search(name)]
+    found = [] if given.subset else points()
+    names = [name for name, _, _ in candidates(found) if wanted.search(name)]
     if given.list:
         print("\n".join([*(row.name for row in written), *names]))
         return 0
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if names:
         say(f"{len(PROFILES)} loads without a further fault, to see which awaits they reach")
         reached = run(PROFILES, given.jobs, partial(report.tell, began, time.monotonic()), counting=True)
-        made, missed = each_await(points(), reached)
+        made, missed = each_await(found, reached)
         made = [row for row in made if wanted.search(row.name)]
         missed = [name for name in missed if wanted.search(name)]
     say(f"{len(written)} rows and {len(made)} for single awaits, {given.jobs} machines at a time")
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     by_name = {row.name: row for row in (*written, *made)}
     for _ in range(2):
         if late := [by_name[outcome.row.name] for outcome in outcomes if outcome.unreached]:
-            late = [elsewhere(row, points(), reached) for row in late]
+            late = [elsewhere(row, found, reached) for row in late]
             by_name |= {row.name: row for row in late}
             say(f"{len(late)} rows whose fault did not come to pass, once more")
             again = {
