@@ -6,9 +6,9 @@ cannot reach that machine says so and is not failed by it; ConvergeOld notices i
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,15 @@ class CallbackModule(CallbackBase):
             return
         # A file a machine: a run with --limit leaves what is known of the others.
         commit = revision()
-        with tempfile.TemporaryDirectory() as directory:
-            for machine in machines:
-                report = metrics(machine, commit, stats.summarize(machine))
-                Path(directory, f"converge-{machine}.prom").write_text(report, encoding="utf-8")
-            command = [str(Path(sys.argv[0]).with_name("ansible")), self.monitoring[0], "-m", "ansible.builtin.copy"]
-            command += ["-a", f"src={directory}/ dest={DIRECTORY}/ mode=0644"]
-            command += [part for inventory in given["inventory"] for part in ("-i", inventory)]
-            command += [part for extra in given["extra_vars"] for part in ("-e", extra)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        files = [
+            {"path": f"{DIRECTORY}/converge-{machine}.prom", "content": metrics(machine, commit, stats.summarize(machine))}
+            for machine in machines
+        ]
+        command = [str(Path(sys.argv[0]).with_name("ansible")), self.monitoring[0]]
+        command += ["-m", "files", "-a", json.dumps({"files": files})]
+        command += [part for inventory in given["inventory"] for part in ("-i", inventory)]
+        command += [part for extra in given["extra_vars"] for part in ("-e", extra)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             self._display.warning(
                 f"{self.monitoring[0]} was not told of this run: {(done.stdout + done.stderr)[-500:]}"

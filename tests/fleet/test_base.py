@@ -85,7 +85,8 @@ def test_nothing_runs_from_where_everybody_may_write(fleet: Fleet, each_machine:
 def test_wrong_passwords_lock_an_account_for_a_while(fleet: Fleet) -> None:
     name, right = "locked-out", "Right-Password-2026"
     become = f"runuser -u nobody -- su {name} -c true"
-    fleet.ok(fleet.admin, f"useradd --no-create-home {name} && chpasswd", f"{name}:{right}\n")
+    set_password = fleet.shell(fleet.admin, f"useradd --no-create-home {name} && chpasswd", f"{name}:{right}\n")
+    assert (set_password.returncode, "BAD PASSWORD" in set_password.stderr) == (0, False), set_password.stderr
     try:
         fleet.ok(fleet.admin, become, right + "\n")
         for _ in range(3):

@@ -43,7 +43,8 @@ NOT_ALWAYS = {
 def everything_is_scraped_again(fleet: Fleet) -> None:
     """Tests before this one stopped things; the next scrape of all is at most 15 s away."""
     give_up = time.monotonic() + 40
-    down = "up == 0 or pg_up == 0 or redis_up == 0 or email_database_up == 0"
+    now = query(fleet, "vector(time())")[0]["value"][1]
+    down = f"up == 0 or pg_up == 0 or redis_up == 0 or email_database_up == 0 or timestamp(up) < {now}"
     while query(fleet, down) and time.monotonic() < give_up:
         time.sleep(1)
 
