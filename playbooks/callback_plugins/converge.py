@@ -58,7 +58,10 @@ class CallbackModule(CallbackBase):
         # A file a machine: a run with --limit leaves what is known of the others.
         commit = revision()
         files = [
-            {"path": f"{DIRECTORY}/converge-{machine}.prom", "content": metrics(machine, commit, stats.summarize(machine))}
+            {
+                "path": f"{DIRECTORY}/converge-{machine}.prom",
+                "content": metrics(machine, commit, stats.summarize(machine)),
+            }
             for machine in machines
         ]
         command = [str(Path(sys.argv[0]).with_name("ansible")), self.monitoring[0]]
