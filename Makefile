@@ -64,7 +64,7 @@ test-judges: .venv/development.stamp ## ssh-audit, sslyze, Lynis and OpenSCAP on
 	@.ci/judges $(PYTHON)
 	FLEET_JUDGES=yes FLEET_INVENTORY=inventories/$(INVENTORY) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -o faulthandler_timeout=600 tests/fleet/test_security.py $(ARGS)
 
-test-interrupted: .venv/development.stamp ## kill twenty runs of site.yml on a running fleet; each time the next converges, and the one after changes nothing (INVENTORY=local-single)
+test-interrupted: .venv/development.stamp ## kill twenty runs of site.yml on a running fleet; each time the next converges, and the one after changes nothing; docs/interrupted-report.md (INVENTORY=local-single)
 	FLEET_INVENTORY=inventories/$(INVENTORY) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.fleet.interrupted --each 20 $(ARGS)
 
 test-long: ## what takes longer than `make test` may

@@ -28,7 +28,9 @@ PLACES = [
     "TASK [redis : Write the users]",
     "TASK [nginx : Prove that it redirects to HTTPS]",
 ]
+REPORT = ROOT / "docs/interrupted-report.md"
 TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[", re.MULTILINE)
+TASK_NAME = re.compile(r"^(?:TASK|RUNNING HANDLER) \[(.*)\]", re.MULTILINE)
 CHANGED = re.compile(r"^\S+ +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=(\d+)", re.MULTILINE)
 LIMIT = 1200  # seconds for one run, on a computer that does other things as well
 
@@ -128,20 +130,37 @@ def each(vault: Vault, kills: int, chance: random.Random) -> None:
     """Kill a run that has a password to change; the next has to converge, and the one after to change nothing."""
     directory = vault.runs
     _, tasks = whole(directory / "before.log")
+    rows: list[str] = []
     for number in range(1, kills + 1):
         name = chance.choice(vault.passwords())
         vault.forget(name)
-        place = chance.randrange(1, tasks)
-        killed = Run(directory / f"killed-{number}.log").kill_at(place, chance.random())
+        run = Run(directory / f"killed-{number}.log")
+        killed = run.kill_at(chance.randrange(1, tasks), chance.random())
+        place = TASK_NAME.findall(run.said())[-1] if killed else "not killed, it had ended"
         changed, tasks = whole(directory / f"after-{number}.log")
         again, _ = whole(directory / f"again-{number}.log")
-        end = "killed" if killed else "not killed, it had ended"
-        print(
-            f"{number}: {name} renewed, {end} at task {place} of {tasks}; then {changed} changed, then {again}",
-            flush=True,
-        )
+        rows.append(f"| {number} | `{name}` | {place} | {changed} | {again} |")
+        print(rows[-1], flush=True)
+        report(rows, kills)
         if again:
             sys.exit(f"The second run after kill {number} changed something; see {directory}.")
+
+
+def report(rows: list[str], kills: int) -> None:
+    """Write what was found so far."""
+    lines = [
+        "# Killed runs of `site.yml`",
+        "",
+        f"Made by `make test-interrupted`: {len(rows)} of {kills} runs that had a password to renew, each ended by SIGKILL at a",
+        "task drawn by chance. Each time the next run converged; what it changed, and what the one after, which has to be",
+        "nothing:",
+        "",
+        "| | password renewed | killed at | next run changed | the one after |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    REPORT.write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
