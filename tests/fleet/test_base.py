@@ -76,7 +76,7 @@ def test_the_audit_rules_are_written_and_the_daemon_starts_with_the_machine(flee
     assert "/etc/neoforge" in fleet.ok(each_machine, "auditctl -l")
 
 
-@pytest.mark.parametrize("place", ["/dev/shm", "/var/tmp"])
+@pytest.mark.parametrize("place", ["/dev", "/dev/shm", "/var/tmp"])
 def test_nothing_runs_from_where_everybody_may_write(fleet: Fleet, each_machine: str, place: str) -> None:
     done = fleet.shell(each_machine, f"cp /bin/true {place}/program && {place}/program; echo $?; rm {place}/program")
     assert done.stdout.strip() == "126", done.stderr
