@@ -151,9 +151,9 @@ def report(rows: list[str], kills: int) -> None:
     lines = [
         "# Killed runs of `site.yml`",
         "",
-        f"Made by `make test-interrupted`: {len(rows)} of {kills} runs that had a password to renew, each ended by SIGKILL at a",
-        "task drawn by chance. Each time the next run converged; what it changed, and what the one after, which has to be",
-        "nothing:",
+        f"Made by `make test-interrupted` on {time.strftime('%Y-%m-%d')}: {len(rows)} of {kills} runs that had a password to",
+        "renew, each ended by SIGKILL at a task drawn by chance. Each time the next run converged; how many tasks of it changed",
+        "something, and how many of the one after, which have to be none:",
         "",
         "| | password renewed | killed at | next run changed | the one after |",
         "|---|---|---|---|---|",
