@@ -41,7 +41,7 @@ test-rules: ## the alert rules: each fires where it should, and only there
 test-faults: .venv/development.stamp ## the most telling rows of the fault laboratory
 	$(BIN)/pytest -o faulthandler_timeout=600 tests/faults
 
-test-inventory: .venv/development.stamp ## mistakes in an inventory, and what is made of the flow table; no machine is asked
+test-inventory: .venv/development.stamp ## mistakes in an inventory, what is made of the flow table, the module `files`; no machine is asked
 	$(BIN)/pytest tests/inventory $(ARGS)
 
 flows: .venv/development.stamp ## draw the flow table of inventories/prod in docs/fleet.md

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
+from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 from ansible.template import generate_ansible_template_vars, trust_as_template
 
@@ -24,14 +25,15 @@ class ActionModule(ActionBase):
     def spread(self, entry: dict[str, Any], variables: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield an entry once, or for each of its `each`: the `item` of the template, and `%s` in names."""
         entry = dict(entry)
-        if not entry.pop("when", True):
+        if not boolean(entry.pop("when", True)):
             return
         for item in entry.pop("each", [None]):
             file = dict(entry)
+            own = file.pop("vars", {})
             if item is not None:
+                own = own | {"item": item}
                 file["path"] = file["path"].replace("%s", Path(item).name)
                 file |= {source: file[source].replace("%s", item) for source in ("template", "copy") if source in file}
-            own = file.pop("vars", {}) | {"item": item}
             if "template" in file:
                 file["content"] = self.render(file.pop("template"), variables | own)
             elif "copy" in file:

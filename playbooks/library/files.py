@@ -18,7 +18,7 @@ module: files
 short_description: Files and directories with their content, owner and mode, in one call to the machine
 description:
   - What a loop over C(template), C(copy) and C(file) does, for a whole list at once. Each call of a module costs a machine
-    about 0.15 s of processor time, and such a loop calls two for each file.
+    about 0.2 s of processor time, and such a loop calls two for each file.
   - A file is replaced as a whole and never seen half written or with another mode. What nothing differs in is left alone,
     its times as well, so that C(units) can go by them.
 options:
@@ -57,7 +57,6 @@ paths:
   returned: always
 """
 
-
 DIRECTORY = "a directory\n"
 
 
@@ -80,7 +79,7 @@ def before(path: Path) -> str | None:
         return DIRECTORY
     if path.is_symlink() or not path.exists():
         return None
-    return path.read_text(encoding="utf-8", errors="replace")
+    return path.read_bytes().decode(errors="replace")  # as text, other ends of lines would look the same
 
 
 def parents(path: Path) -> None:
@@ -157,7 +156,8 @@ def main() -> None:
     differences = []
     for entry in module.params["files"]:
         try:
-            differences += [difference for difference in [bring(module, entry)] if difference]
+            if difference := bring(module, entry):
+                differences.append(difference)
         except OSError as error:
             module.fail_json(msg=f"{entry['path']}: {error.strerror}")
     paths = [difference["after_header"] for difference in differences]

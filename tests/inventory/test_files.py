@@ -79,6 +79,13 @@ def test_a_file_that_differs_in_nothing_but_its_mode_keeps_its_content_s_time(tm
     assert (after.st_mtime_ns, after.st_ino, after.st_mode & 0o777) == (before.st_mtime_ns, before.st_ino, 0o640)
 
 
+def test_other_ends_of_lines_are_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one\r\n")
+    assert bring(tmp_path, {"path": str(path), "content": "one\n"})["changed"] is True
+    assert path.read_bytes() == b"one\n"
+
+
 def test_what_its_program_refuses_is_not_put_in_place_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "conf/main.conf"
     path.parent.mkdir()
