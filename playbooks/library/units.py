@@ -85,7 +85,7 @@ def states(module: AnsibleModule, units: list[str]) -> dict[str, dict[str, str]]
 def unread(entry: dict[str, Any], state: dict[str, str]) -> list[str]:
     """Return the files that were written after the unit's last start or reload."""
     since = datetime.strptime(state["StateChangeTimestamp"], "%a %Y-%m-%d %H:%M:%S.%f UTC").replace(tzinfo=UTC)
-    files = [path for pattern in entry["files"] for path in glob(pattern)]  # noqa: PTH207 - an absolute pattern
+    files = [path for pattern in entry["files"] for path in glob(pattern)]  # noqa: PTH207 - Path.glob takes no absolute pattern
     if not entry["reload"]:
         own = [state["FragmentPath"], *state["DropInPaths"].split()]
         files += [path for path in own if path.startswith("/etc/systemd/system/")]  # others are their package's
@@ -132,7 +132,8 @@ def main() -> None:
     units = {"type": "list", "elements": "dict", "required": True, "options": options}
     module = AnsibleModule({"units": units}, supports_check_mode=True)
     entries = [one for entry in module.params["units"] for one in spread(entry)]
-    done, started, restarted = [], [], set()
+    done, started = [], []
+    current: set[str] = set()  # read everything that is there in this run
     known = states(module, list(dict.fromkeys(entry["unit"] for entry in entries))) if entries else {}
     stale = any(state["NeedDaemonReload"] == "yes" or state["LoadState"] == "not-found" for state in known.values())
     if stale and not module.check_mode:
@@ -141,12 +142,14 @@ def main() -> None:
     for entry in entries:
         unit = entry["unit"]
         for action, reason in wanted(entry, known[unit]):
-            if unit in restarted:  # with everything that is there
+            if unit in current:
                 continue
             if not module.check_mode:
                 systemctl(module, action, unit)
-            if action in {"start", "restart"}:
-                restarted.add(unit)
+            if action == "enable":
+                known[unit]["UnitFileState"] = "enabled"
+            elif action != "reload":
+                current.add(unit)
             if action == "start":
                 started.append(unit)
             done.append(f"{action} {unit}: {reason}")
