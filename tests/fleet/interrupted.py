@@ -29,8 +29,7 @@ PLACES = [
     "TASK [nginx : Prove that it redirects to HTTPS]",
 ]
 REPORT = ROOT / "docs/interrupted-report.md"
-TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[", re.MULTILINE)
-TASK_NAME = re.compile(r"^(?:TASK|RUNNING HANDLER) \[(.*)\]", re.MULTILINE)
+TASK = re.compile(r"^(?:TASK|RUNNING HANDLER) \[(.*)\]", re.MULTILINE)
 CHANGED = re.compile(r"^\S+ +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=(\d+)", re.MULTILINE)
 LIMIT = 1200  # seconds for one run, on a computer that does other things as well
 
@@ -136,7 +135,7 @@ def each(vault: Vault, kills: int, chance: random.Random) -> None:
         vault.forget(name)
         run = Run(directory / f"killed-{number}.log")
         killed = run.kill_at(chance.randrange(1, tasks), chance.random())
-        place = TASK_NAME.findall(run.said())[-1] if killed else "not killed, it had ended"
+        place = TASK.findall(run.said())[-1] if killed else "not killed, it had ended"
         changed, tasks = whole(directory / f"after-{number}.log")
         again, _ = whole(directory / f"again-{number}.log")
         rows.append(f"| {number} | `{name}` | {place} | {changed} | {again} |")
